@@ -1,0 +1,7 @@
+"""What is remembered: keys and values, and an index kept in step with them. Knows no policy."""
+
+from sparse_attention_decoder.cache.buffer import KVBuffer
+from sparse_attention_decoder.cache.index import Index
+from sparse_attention_decoder.cache.sketch import Sketch
+
+__all__ = ["Index", "KVBuffer", "Sketch"]

@@ -1,0 +1,145 @@
+"""The 2-bit sketch of one layer's keys: codes, factors and the statistics they were coded with."""
+
+import torch
+from torch import Tensor
+
+from sparse_attention_decoder.errors import NonFiniteError
+from sparse_attention_decoder.kernels import Kernels, Statistics
+from sparse_attention_decoder.selection import Rows
+
+
+class Sketch:
+    """Codes uint8 [B, Hkv, T, ceil(D/4)] and factors float16 [B, Hkv, T], kept in step with the keys.
+
+    Each row's statistics are fitted on its first `fit_length(n)` of n tokens, sinks left out, and
+    fitted anew whenever that number changes, that is, whenever the context has grown by a quarter.
+    The fit depends on the row's length alone, not on how it got there, so appending one by one,
+    appending at once and truncating back all leave the same codes.
+    """
+
+    def __init__(self, kernels: Kernels, sinks: int) -> None:
+        self._kernels = kernels
+        self._sinks = sinks
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0
+        self._fitted: list[int] = []
+        self._codes: Tensor | None = None
+        self._factors: Tensor | None = None
+        self._mean: Tensor | None = None
+        self._deviation: Tensor | None = None
+
+    @property
+    def codes(self) -> Tensor:
+        """View uint8 [B, Hkv, T, ceil(D/4)]; valid after `catch_up`."""
+        assert self._codes is not None
+        return self._codes[:, :, : self.length]
+
+    @property
+    def factors(self) -> Tensor:
+        """View float16 [B, Hkv, T]; valid after `catch_up`."""
+        assert self._factors is not None
+        return self._factors[:, :, : self.length]
+
+    @property
+    def statistics(self) -> Statistics:
+        """Mean and deviation [B, Hkv, D] in force; valid after `catch_up`."""
+        assert self._mean is not None and self._deviation is not None
+        return Statistics(self._mean, self._deviation)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes one token takes per KV head."""
+        return self.codes.shape[-1] + 2
+
+    def catch_up(self, keys: Tensor, rows: Rows, needed: int) -> None:
+        """Cover at least the first `needed` of the keys [B, Hkv, T, D].
+
+        Window tokens are never scored, so new keys are coded a windowful at a time: when the first
+        of them has left the window, everything held by then is coded.
+
+        Raises:
+            NonFiniteError: a key to be coded holds NaN or infinity.
+        """
+        if self._codes is None:
+            self._allocate(keys)
+        targets = [fit_length(count) for count in rows.counts]
+        stale = [row for row, target in enumerate(targets) if self._fitted[row] != target]
+        if stale:
+            for row in stale:
+                self._fit_row(row, keys, rows, targets[row])
+            self.length = 0
+        if self.length < needed or stale:
+            self._encode(keys, rows)
+
+    def truncate(self, length: int) -> None:
+        """Forget the codes of tokens from `length` on; statistics follow at the next `catch_up`."""
+        self.length = min(self.length, length)
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Let row i hold what row `rows[i]` held."""
+        if self._codes is None:
+            return
+        rows = rows.to(self._codes.device)
+        self._fitted = [self._fitted[row] for row in rows.tolist()]
+        for name in ("_codes", "_factors", "_mean", "_deviation"):
+            setattr(self, name, getattr(self, name).index_select(0, rows))
+
+    def _allocate(self, keys: Tensor) -> None:
+        batch, heads, tokens, dim = keys.shape
+        room = tokens + tokens // 2
+        work = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        self._codes = torch.empty(batch, heads, room, -(-dim // 4), dtype=torch.uint8, device=keys.device)
+        self._factors = torch.empty(batch, heads, room, dtype=torch.float16, device=keys.device)
+        self._mean = torch.zeros(batch, heads, dim, dtype=work, device=keys.device)
+        self._deviation = torch.ones(batch, heads, dim, dtype=work, device=keys.device)
+        self._fitted = [-1] * batch
+
+    def _fit_row(self, row: int, keys: Tensor, rows: Rows, tokens: int) -> None:
+        if rows.valid is None:
+            own = keys[row, :, self._sinks : tokens]
+        else:
+            real = rows.valid[row].nonzero().squeeze(-1)
+            own = keys[row].index_select(1, real[self._sinks : tokens])
+        mean, deviation = self._kernels.fit(own)
+        _require_finite(mean)
+        self.statistics.mean[row], self.statistics.deviation[row] = mean, deviation
+        self._fitted[row] = tokens
+
+    def _encode(self, keys: Tensor, rows: Rows) -> None:
+        total = keys.shape[2]
+        codes, factors = self._kernels.encode(keys[:, :, self.length :], self.statistics)
+        new = factors if rows.valid is None else factors.masked_fill(~rows.valid[:, None, self.length :], 0)
+        _require_finite(new)
+        assert self._codes is not None and self._factors is not None
+        if total > self._codes.shape[2]:
+            room = max(total, self._codes.shape[2] + self._codes.shape[2] // 2)
+            self._codes, self._factors = _grown(self._codes, self.length, room), _grown(self._factors, self.length, room)
+        self._codes[:, :, self.length : total] = codes
+        self._factors[:, :, self.length : total] = factors
+        self.length = total
+
+
+def fit_length(tokens: int) -> int:
+    """How many of a row's first tokens its statistics are fitted on: the largest step of 5/4 within."""
+    fitted = 0
+    step = 8
+    while step <= tokens:
+        fitted = step
+        step += step // 4
+    return fitted
+
+
+def _grown(held: Tensor, length: int, room: int) -> Tensor:
+    grown = held.new_empty(*held.shape[:2], room, *held.shape[3:])
+    grown[:, :, :length] = held[:, :, :length]
+    return grown
+
+
+def _require_finite(numbers: Tensor) -> None:
+    if not bool(numbers.isfinite().all()):
+        raise NonFiniteError(
+            "cached keys hold NaN or infinity; check the model's weights and its dtype (float16 overflows where bfloat16 does not)"
+        )

@@ -1,0 +1,37 @@
+"""Kernel backends: `resolve` finds the one that serves."""
+
+import logging
+from functools import lru_cache
+
+from sparse_attention_decoder.errors import BackendError
+from sparse_attention_decoder.kernels.protocol import Kernels, Request, Statistics
+from sparse_attention_decoder.tables import BACKENDS, load
+
+__all__ = ["Kernels", "Request", "Statistics", "resolve"]
+
+logger = logging.getLogger(__name__)
+
+
+def resolve(name: str, request: Request) -> Kernels:
+    """The backend called `name`, or with "auto" the first of the table that does not refuse.
+
+    Raises:
+        BackendError: the named backend refuses (its reason is in the message), or none serves.
+    """
+    reasons = []
+    for candidate, row in BACKENDS.items():
+        if name not in ("auto", candidate):
+            continue
+        kernels: Kernels = load(row)()
+        reason = kernels.refuses(request)
+        if reason is None:
+            if name == "auto":
+                _say_once(candidate, request)
+            return kernels
+        reasons.append(f"{candidate}: {reason}")
+    raise BackendError(f"backend {name!r} cannot serve {request}: {'; '.join(reasons) or 'no such backend'}")
+
+
+@lru_cache(maxsize=None)
+def _say_once(name: str, request: Request) -> None:
+    logger.info("backend auto took %s for %s %s, head_dim %d", name, request.device, request.dtype, request.head_dim)

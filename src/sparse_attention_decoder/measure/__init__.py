@@ -1,0 +1,1 @@
+"""Reads results, never called from below: what sparse decoding costs and keeps."""

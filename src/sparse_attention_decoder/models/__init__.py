@@ -1,0 +1,1 @@
+"""The seam with transformers: the only folder that imports it."""

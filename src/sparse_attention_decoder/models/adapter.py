@@ -1,0 +1,185 @@
+"""enable(model) and disable(model): our attention in, and out again without a trace."""
+
+import inspect
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sparse_attention_decoder.attention import decode_step
+from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.errors import NonFiniteError, UnsupportedError
+from sparse_attention_decoder.models import families
+from sparse_attention_decoder.models.cache import LAYER_TAG, SparseCache, SparseLayer
+from sparse_attention_decoder.selection import Rows
+
+logger = logging.getLogger(__name__)
+
+NAME = "sparse_attention_decoder"
+_STATE = "_sparse_attention_decoder"
+_PREPARE = "_prepare_cache_for_generation"
+# keyword arguments that change the scores: dropping one in silence would give wrong output
+_MODIFIERS = ("softcap", "s_aux", "position_bias", "block_indices", "indices")
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@dataclass(frozen=True)
+class _Enabled:
+    config: AttentionConfig
+    previous: str
+    hook: RemovableHandle
+
+
+def enable(model: Model, config: AttentionConfig | None = None) -> Model:
+    """Decode this model sparsely from now on; returns the model.
+
+    `model(...)` and `model.generate(...)` then build a SparseCache where they would have built a
+    dynamic one. Prefill and steps of more than one token stay dense, on the same cache.
+
+    Args:
+        model: a transformers causal LM, already loaded.
+        config: what a decode step reads; the measured default if left out.
+    Raises:
+        UnsupportedError: a family that cannot be hooked, by name.
+        NonFiniteError: a weight holds NaN or infinity.
+    Calling it again replaces the config. `disable` takes it off.
+    """
+    families.check(model.config)
+    _require_finite_weights(model)
+    disable(model)
+    config = config or AttentionConfig()
+    previous = model.config._attn_implementation
+    AttentionInterface.register(NAME, sparse_attention_forward)
+    # without a mask function of the same name transformers builds no mask, and padding is read as text
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        name = model.config.model_type
+        raise UnsupportedError(f"{name} does not let its attention be replaced, so it cannot be decoded sparsely")
+    if not SparseCache(model.config, config).sparse_layers:
+        logger.warning(
+            "%s has no full-attention layer: nothing to read sparsely, it runs as before", model.config.model_type
+        )
+    hook = model.register_forward_pre_hook(_give_cache, with_kwargs=True)
+    setattr(model, _STATE, _Enabled(config, previous, hook))
+    original = getattr(model, _PREPARE)
+
+    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        wants_default = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache
+        if wants_default and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = SparseCache(model.config, config)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+            return None
+        return original(generation_config, model_kwargs, *args, **kwargs)
+
+    setattr(model, _PREPARE, prepare)
+    return model
+
+
+def disable(model: Model) -> Model:
+    """Undo `enable`: the model is as it was before. Does nothing to a model that is not enabled."""
+    state: _Enabled | None = getattr(model, _STATE, None)
+    if state is not None:
+        state.hook.remove()
+        delattr(model, _STATE)
+        # set on the instance over the class's method, so deleting uncovers the original
+        delattr(model, _PREPARE)
+        model.set_attn_implementation(state.previous)
+    return model
+
+
+def sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function transformers calls: a decode step of one of our layers, or plain SDPA.
+
+    Args:
+        query: [B, Hq, N, D]; key, value [B, Hkv, T, D], not repeated.
+        attention_mask: bool [B, 1, N, T], or None where nothing is masked but the future.
+    Returns:
+        output [B, N, Hq, Dv], and no weights (ask `SparseAttention.trace` for those).
+    Raises:
+        UnsupportedError: a keyword that changes the scores.
+    """
+    for name in _MODIFIERS:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"{type(module).__name__} passes {name}, which sparse attention does not support")
+    layer: SparseLayer | None = getattr(key, LAYER_TAG, None)
+    rows = None
+    if query.shape[2] == 1 and dropout == 0.0:
+        if layer is not None:
+            rows = _rows(query.shape[0], key.shape[2], attention_mask)
+        elif key.shape[2] > 1 and kwargs.get("sliding_window") is None:
+            _warn_once(f"{type(module).__name__} decodes densely: its keys do not come from a SparseCache")
+    if rows is None or layer is None:
+        output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    decoded = decode_step(query[:, :, 0], layer.state, rows, scale)
+    layer.last = (query[:, :, 0].detach(), rows, scale, decoded)
+    return decoded.output.unsqueeze(1), None
+
+
+def _rows(batch: int, length: int, mask: Tensor | None) -> Rows | None:
+    """The rows a decode step's mask describes; None for a mask only SDPA understands."""
+    if mask is None:
+        return Rows.full(batch, length)
+    # one mask serves every layer of a step: keep what was read off it on the mask itself
+    known: Rows | None = getattr(mask, "_sparse_rows", None)
+    if known is not None:
+        return known
+    if mask.dtype != torch.bool or mask.shape[1] != 1:
+        _warn_once(f"a {mask.dtype} mask of shape {tuple(mask.shape)} is attended densely; pass a 2-D padding mask")
+        return None
+    rows = Rows.from_mask(mask[:, 0, 0].expand(batch, -1))
+    setattr(mask, "_sparse_rows", rows)
+    return rows
+
+
+def _give_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    # forward collects what it does not name under its own **kwargs
+    given = {**given, **given.get("kwargs", {})}
+    model_config: Any = model.config
+    state: _Enabled = getattr(model, _STATE)
+    if given.get("output_attentions") or (given.get("output_attentions") is None and model_config.output_attentions):
+        raise UnsupportedError("output_attentions does not work under sparse attention; use SparseAttention.trace(text)")
+    use_cache = given.get("use_cache")
+    use_cache = model_config.use_cache if use_cache is None else use_cache
+    cache = given.get("past_key_values")
+    if cache is None and use_cache and not model.training:
+        kwargs = {**kwargs, "past_key_values": SparseCache(model_config, state.config)}
+    elif type(cache) is DynamicCache and cache.get_seq_length() > 0:
+        _warn_once("a stock DynamicCache was passed: this model decodes densely on it; pass a SparseCache or none")
+    return args, kwargs
+
+
+def _require_finite_weights(model: nn.Module) -> None:
+    for name, weight in model.named_parameters():
+        # a sum carries any NaN or infinity out in one pass and without a mask the size of the weight
+        if weight.is_floating_point() and not weight.is_meta and not bool(weight.detach().sum(dtype=torch.float32).isfinite()):
+            raise NonFiniteError(f"weight {name} holds NaN or infinity; the checkpoint is damaged, load it again")
+
+
+@lru_cache(maxsize=None)
+def _warn_once(message: str) -> None:
+    logger.warning(message)

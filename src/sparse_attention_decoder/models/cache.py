@@ -1,0 +1,122 @@
+"""SparseCache: a transformers cache whose full-attention layers are ours."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from sparse_attention_decoder.attention import Decoded, LayerState
+from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.errors import ShapeError, UnsupportedError
+from sparse_attention_decoder.selection import Reads, Rows
+
+# how the attention function finds the layer behind a key tensor: no globals, safe with many caches and threads
+LAYER_TAG = "_sparse_layer"
+
+
+class SparseLayer(DynamicLayer):  # type: ignore[misc]
+    """One full-attention layer: hands transformers plain views of keys and values.
+
+    The views are the whole history, so any attention implementation works on this cache; ours
+    finds the layer through a tag on the key view.
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.state = LayerState(config)
+        # the newest decode step, for traces: query [B, Hq, D], rows, scaling and the result
+        self.last: tuple[Tensor, Rows, float, Decoded] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Learn dtype and device; the buffer allocates at the first append."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, Hkv, N, D]; return views [B, Hkv, T, D] of all held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        was_empty = self.state.buffer.length == 0
+        self.state.buffer.append(key_states, value_states)
+        self._refresh()
+        keys, values = self.state.buffer.keys, self.state.buffer.values
+        if was_empty and key_states.requires_grad:
+            # the buffer keeps values, not graphs; a first pass under autograd still gets its gradients
+            keys, values = key_states, value_states
+        setattr(keys, LAYER_TAG, self)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Cached tokens, padding included."""
+        return self.state.buffer.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; the count is negative or 0, as transformers asks since 5.15."""
+        if tokens_to_remove > 0:
+            raise ShapeError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove")
+        if self.is_initialized:
+            self.state.truncate(self.state.buffer.length + tokens_to_remove)
+            self._refresh()
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
+        self.state.reset()
+        self.keys = self.values = self.last = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i hold what row `beam_idx[i]` held."""
+        if self.get_seq_length() > 0:
+            self.state.take_rows(beam_idx)
+            self._refresh()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self.get_seq_length() > 0:
+            self.reorder_cache(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows that `indices` (int64 or bool mask) names."""
+        if self.get_seq_length() > 0:
+            self.reorder_cache(torch.arange(self.keys.shape[0])[indices.cpu()])
+
+    def offload(self) -> None:
+        """Not supported: a decode step reads scattered tokens, so the cache has to be where it is used."""
+        raise UnsupportedError('cache offloading does not work with sparse attention; use cache_implementation="dynamic"')
+
+    prefetch = offload
+
+    def _refresh(self) -> None:
+        self.keys, self.values = self.state.buffer.keys, self.state.buffer.values
+
+
+class SparseCache(DynamicCache):  # type: ignore[misc]
+    """The KV cache of a model under sparse attention. Give it to `generate` or `forward` as `past_key_values`.
+
+    Args:
+        model_config: the transformers config of the model; its sliding, linear or chunked layers
+            keep transformers' own cache layers.
+        config: what a decode step reads.
+    Everything a transformers cache does works and keeps the sketch in step: crop, reorder_cache,
+    batch_repeat_interleave, batch_select_indices, reset. `reads` says what was read.
+    """
+
+    def __init__(self, model_config: PreTrainedConfig, config: AttentionConfig) -> None:
+        super().__init__(config=model_config)
+        self.layers = [SparseLayer(config) if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.config = config
+
+    @property
+    def sparse_layers(self) -> list[SparseLayer]:
+        """The layers that are ours, in order."""
+        return [layer for layer in self.layers if isinstance(layer, SparseLayer)]
+
+    @property
+    def reads(self) -> Reads:
+        """What the decode steps read so far, summed over layers."""
+        total = Reads()
+        for layer in self.sparse_layers:
+            total.add(layer.state.reads)
+        return total

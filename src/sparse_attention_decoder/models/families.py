@@ -1,0 +1,35 @@
+"""Model families that cannot be hooked, or only partly. Ordinary families need no row."""
+
+import logging
+
+from transformers import PreTrainedConfig
+
+from sparse_attention_decoder.errors import UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+REFUSED = {
+    "gemma2": "its attention logits are soft-capped, which the sparse kernels do not do",
+    "gpt_oss": "its softmax has learned sink logits, which the sparse kernels do not know",
+    "falcon": "its attention does not go through transformers' attention interface",
+    "bloom": "its attention adds an ALiBi bias and does not go through transformers' attention interface",
+    "mpt": "its attention adds an ALiBi bias and does not go through transformers' attention interface",
+}
+
+
+def check(config: PreTrainedConfig) -> None:
+    """Refuse a model whose output would be wrong, by name.
+
+    Raises:
+        UnsupportedError: what the model does that sparse attention cannot.
+    """
+    text = config.get_text_config(decoder=True)
+    name = text.model_type
+    if name in REFUSED:
+        raise UnsupportedError(f"{name} cannot be decoded sparsely: {REFUSED[name]}; run it without enable()")
+    if getattr(text, "attn_logit_softcapping", None):
+        raise UnsupportedError(f"{name} cannot be decoded sparsely: {REFUSED['gemma2']}; run it without enable()")
+    if config.is_encoder_decoder:
+        raise UnsupportedError(f"{name} is an encoder-decoder; sparse decoding needs a decoder-only causal LM")
+    if getattr(text, "kv_lora_rank", None):
+        logger.warning("%s caches latents (MLA), not keys: its attention stays dense, correct but no faster", name)

@@ -1,0 +1,59 @@
+"""What a policy is asked, and what it must answer."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from sparse_attention_decoder.cache import Index, KVBuffer
+from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.kernels import Kernels
+from sparse_attention_decoder.selection import Regions, Rows, Selection
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step of one layer, as a policy sees it.
+
+    query: [B, Hq, D], after RoPE, not scaled.
+    buffer, index: the cached keys and values, and the policy's own index over them.
+    rows, regions: which tokens exist, and which of them are near (always read) or middle.
+    scaling: what logits are multiplied by.
+    """
+
+    query: Tensor
+    buffer: KVBuffer
+    index: Any
+    rows: Rows
+    regions: Regions
+    scaling: float
+    kernels: Kernels
+    config: AttentionConfig
+
+    @property
+    def threshold(self) -> float:
+        """The threshold in force; 0.0 when it is off."""
+        return self.config.threshold or 0.0
+
+    def near_lse(self) -> Tensor:
+        """[B, Hkv, G], log-sum-exp of the exact logits of sinks and window."""
+        keys, near, valid = self.buffer.keys, self.regions.near, self.regions.near_valid
+        tokens = near[:, None].expand(-1, keys.shape[1], -1)
+        logits = self.kernels.exact_logits(self.query, keys, tokens, self.scaling)
+        if valid is not None:
+            logits = logits.masked_fill(~valid[:, None, None], float("-inf"))
+        return logits.logsumexp(-1)
+
+
+class Policy(Protocol):
+    """Chooses which tokens of the middle a step reads. One idea a file, one row in `tables.POLICIES`."""
+
+    reads_everything: ClassVar[bool]
+
+    @staticmethod
+    def new_index(kernels: Kernels, config: AttentionConfig) -> Index | None:
+        """A fresh index for one layer, or None if the policy keeps none."""
+
+    @staticmethod
+    def select(step: Step) -> Selection:
+        """The tokens to read beside sinks and window; called only where the middle is not empty."""

@@ -1,0 +1,26 @@
+"""The two tables of names. A row adds a policy or a kernel backend; nothing else has to change."""
+
+from importlib import import_module
+from typing import Any
+
+_HERE = "sparse_attention_decoder"
+
+# name -> "module:class"; imported only when asked for, so that an absent package costs nothing
+POLICIES = {
+    "sketch": f"{_HERE}.policies.sketch:SketchPolicy",
+    "dense": f"{_HERE}.policies.dense:DensePolicy",
+    "window": f"{_HERE}.policies.window:WindowPolicy",
+    "oracle": f"{_HERE}.policies.oracle:OraclePolicy",
+    "quest": f"{_HERE}.policies.quest:QuestPolicy",
+}
+
+# in the order in which "auto" asks them
+BACKENDS = {
+    "reference": f"{_HERE}.kernels.reference:ReferenceKernels",
+}
+
+
+def load(row: str) -> Any:
+    """Import the class that a table row names."""
+    module, name = row.split(":")
+    return getattr(import_module(module), name)
