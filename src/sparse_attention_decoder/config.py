@@ -51,10 +51,12 @@ class AttentionConfig:
             _require_count("dense_below", self.dense_below, 0, "0 never forces dense, None leaves it to the backend")
         if self.threshold is not None:
             if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-                raise ConfigError(f"threshold is {self.threshold!r}; expected a number from 0 to below 1, or None for off")
+                raise ConfigError(
+                    f"threshold is {self.threshold!r}; expected a number from 0 to below 1, or None for off"
+                )
             if not (math.isfinite(self.threshold) and 0 <= self.threshold < 1):
                 raise ConfigError(
-                    f"threshold is {self.threshold}; it is a share of attention, so use 0 (off) up to below 1, such as 3e-5"
+                    f"threshold is {self.threshold}; as a share of attention it is 0 (off) up to below 1, such as 3e-5"
                 )
         if self.policy not in POLICIES:
             raise ConfigError(f"policy is {self.policy!r}; choose one of {', '.join(POLICIES)}")
@@ -83,7 +85,7 @@ class AttentionConfig:
         except json.JSONDecodeError as error:
             raise ConfigError(f"not JSON: {error}; expected an object as AttentionConfig.to_json writes it") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"JSON holds a {type(values).__name__}; expected an object such as {{\"top_k\": 32}}")
+            raise ConfigError(f'JSON holds a {type(values).__name__}; expected an object such as {{"top_k": 32}}')
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:

@@ -1,15 +1,15 @@
 """Every error this package raises. Each is also the built-in error a caller would expect.
 
-    SparseAttentionError
-    ├── ConfigError            (ValueError)           a setting that cannot work
-    ├── ShapeError             (ValueError)           tensors that do not fit together
-    ├── InputError             (ValueError)           a prompt or ids the model cannot read
-    │   └── ContextLengthError                        more tokens than the model was made for
-    ├── NonFiniteError         (ArithmeticError)      NaN or infinity in weights or keys
-    ├── UnsupportedError       (NotImplementedError)  a model or feature that would come out wrong
-    ├── BackendError           (RuntimeError)         kernels asked for by name that cannot serve
-    ├── ModelLoadError         (OSError)              no model there, or a damaged one
-    └── CacheDirectoryError    (OSError)              no place to keep the converted model
+SparseAttentionError
+├── ConfigError            (ValueError)           a setting that cannot work
+├── ShapeError             (ValueError)           tensors that do not fit together
+├── InputError             (ValueError)           a prompt or ids the model cannot read
+│   └── ContextLengthError                        more tokens than the model was made for
+├── NonFiniteError         (ArithmeticError)      NaN or infinity in weights or keys
+├── UnsupportedError       (NotImplementedError)  a model or feature that would come out wrong
+├── BackendError           (RuntimeError)         kernels asked for by name that cannot serve
+├── ModelLoadError         (OSError)              no model there, or a damaged one
+└── CacheDirectoryError    (OSError)              no place to keep the converted model
 """
 
 

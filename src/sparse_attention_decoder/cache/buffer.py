@@ -109,7 +109,9 @@ class KVBuffer:
             expected = f"[{held.shape[0]}, {held.shape[1]}, N, {held.shape[3]}]"
             raise ShapeError(f"{name} to append have shape {tuple(new.shape)}; the cache holds {expected}")
         if new.dtype != held.dtype or new.device != held.device:
-            raise ShapeError(f"{name} to append are {new.dtype} on {new.device}; the cache holds {held.dtype} on {held.device}")
+            raise ShapeError(
+                f"{name} to append are {new.dtype} on {new.device}; the cache holds {held.dtype} on {held.device}"
+            )
 
 
 def _allocate(like: Tensor, tokens: int) -> Tensor:

@@ -116,7 +116,10 @@ class Sketch:
         assert self._codes is not None and self._factors is not None
         if total > self._codes.shape[2]:
             room = max(total, self._codes.shape[2] + self._codes.shape[2] // 2)
-            self._codes, self._factors = _grown(self._codes, self.length, room), _grown(self._factors, self.length, room)
+            self._codes, self._factors = (
+                _grown(self._codes, self.length, room),
+                _grown(self._factors, self.length, room),
+            )
         self._codes[:, :, self.length : total] = codes
         self._factors[:, :, self.length : total] = factors
         self.length = total
@@ -141,5 +144,6 @@ def _grown(held: Tensor, length: int, room: int) -> Tensor:
 def _require_finite(numbers: Tensor) -> None:
     if not bool(numbers.isfinite().all()):
         raise NonFiniteError(
-            "cached keys hold NaN or infinity; check the model's weights and its dtype (float16 overflows where bfloat16 does not)"
+            "cached keys hold NaN or infinity; check the model's weights and its dtype "
+            "(float16 overflows where bfloat16 does not)"
         )

@@ -1,7 +1,7 @@
 """Kernel backends: `resolve` finds the one that serves."""
 
 import logging
-from functools import lru_cache
+from functools import cache
 
 from sparse_attention_decoder.errors import BackendError
 from sparse_attention_decoder.kernels.protocol import Kernels, Request, Statistics
@@ -32,6 +32,6 @@ def resolve(name: str, request: Request) -> Kernels:
     raise BackendError(f"backend {name!r} cannot serve {request}: {'; '.join(reasons) or 'no such backend'}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(name: str, request: Request) -> None:
     logger.info("backend auto took %s for %s %s, head_dim %d", name, request.device, request.dtype, request.head_dim)

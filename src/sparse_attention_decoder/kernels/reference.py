@@ -169,7 +169,9 @@ def _work_dtype(x: Tensor) -> torch.dtype:
 def _grouped(query: Tensor, kv_heads: int) -> Tensor:
     batch, heads, dim = query.shape
     if heads % kv_heads:
-        raise ShapeError(f"{heads} query heads do not share {kv_heads} KV heads evenly; expected a multiple of {kv_heads}")
+        raise ShapeError(
+            f"{heads} query heads do not share {kv_heads} KV heads evenly; expected a multiple of {kv_heads}"
+        )
     return query.reshape(batch, kv_heads, heads // kv_heads, dim)
 
 
@@ -177,7 +179,8 @@ def _pack(levels: Tensor) -> Tensor:
     width = -(-levels.shape[-1] // 4)
     padded = torch.nn.functional.pad(levels, (0, 4 * width - levels.shape[-1]))
     first, second, third, fourth = padded.split(width, dim=-1)
-    return first | (second << 2) | (third << 4) | (fourth << 6)
+    packed: Tensor = first | (second << 2) | (third << 4) | (fourth << 6)
+    return packed
 
 
 def _unpack(codes: Tensor, size: int, dtype: torch.dtype) -> Tensor:

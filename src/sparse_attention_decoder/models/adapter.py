@@ -3,7 +3,7 @@
 import inspect
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from sparse_attention_decoder.selection import Rows
 logger = logging.getLogger(__name__)
 
 NAME = "sparse_attention_decoder"
+ROWS_TAG = "_sparse_rows"
 _STATE = "_sparse_attention_decoder"
 _PREPARE = "_prepare_cache_for_generation"
 # keyword arguments that change the scores: dropping one in silence would give wrong output
@@ -144,28 +145,32 @@ def _rows(batch: int, length: int, mask: Tensor | None) -> Rows | None:
     if mask is None:
         return Rows.full(batch, length)
     # one mask serves every layer of a step: keep what was read off it on the mask itself
-    known: Rows | None = getattr(mask, "_sparse_rows", None)
+    known: Rows | None = getattr(mask, ROWS_TAG, None)
     if known is not None:
         return known
     if mask.dtype != torch.bool or mask.shape[1] != 1:
         _warn_once(f"a {mask.dtype} mask of shape {tuple(mask.shape)} is attended densely; pass a 2-D padding mask")
         return None
     rows = Rows.from_mask(mask[:, 0, 0].expand(batch, -1))
-    setattr(mask, "_sparse_rows", rows)
+    setattr(mask, ROWS_TAG, rows)
     return rows
 
 
-def _give_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _give_cache(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     # forward collects what it does not name under its own **kwargs
     given = {**given, **given.get("kwargs", {})}
     model_config: Any = model.config
     state: _Enabled = getattr(model, _STATE)
     if given.get("output_attentions") or (given.get("output_attentions") is None and model_config.output_attentions):
-        raise UnsupportedError("output_attentions does not work under sparse attention; use SparseAttention.trace(text)")
+        raise UnsupportedError(
+            "output_attentions does not work under sparse attention; use SparseAttention.trace(text)"
+        )
     use_cache = given.get("use_cache")
     use_cache = model_config.use_cache if use_cache is None else use_cache
-    cache = given.get("past_key_values")
+    cache: Any = given.get("past_key_values")
     if cache is None and use_cache and not model.training:
         kwargs = {**kwargs, "past_key_values": SparseCache(model_config, state.config)}
     elif type(cache) is DynamicCache and cache.get_seq_length() > 0:
@@ -176,10 +181,14 @@ def _give_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _require_finite_weights(model: nn.Module) -> None:
     for name, weight in model.named_parameters():
         # a sum carries any NaN or infinity out in one pass and without a mask the size of the weight
-        if weight.is_floating_point() and not weight.is_meta and not bool(weight.detach().sum(dtype=torch.float32).isfinite()):
+        if (
+            weight.is_floating_point()
+            and not weight.is_meta
+            and not bool(weight.detach().sum(dtype=torch.float32).isfinite())
+        ):
             raise NonFiniteError(f"weight {name} holds NaN or infinity; the checkpoint is damaged, load it again")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(message: str) -> None:
     logger.warning(message)

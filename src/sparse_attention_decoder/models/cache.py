@@ -1,5 +1,6 @@
 """SparseCache: a transformers cache whose full-attention layers are ours."""
 
+import copy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sparse_attention_decoder.selection import Reads, Rows
 LAYER_TAG = "_sparse_layer"
 
 
-class SparseLayer(DynamicLayer):  # type: ignore[misc]
+class SparseLayer(DynamicLayer):
     """One full-attention layer: hands transformers plain views of keys and values.
 
     The views are the whole history, so any attention implementation works on this cache; ours
@@ -25,6 +26,8 @@ class SparseLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.state = LayerState(config)
         # the newest decode step, for traces: query [B, Hq, D], rows, scaling and the result
         self.last: tuple[Tensor, Rows, float, Decoded] | None = None
@@ -63,7 +66,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything and free the memory."""
         self.state.reset()
-        self.keys = self.values = self.last = None
+        self.keys, self.values, self.last = None, None, None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -75,24 +78,36 @@ class SparseLayer(DynamicLayer):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         if self.get_seq_length() > 0:
-            self.reorder_cache(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+            self.reorder_cache(torch.arange(self.state.buffer.keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows that `indices` (int64 or bool mask) names."""
         if self.get_seq_length() > 0:
-            self.reorder_cache(torch.arange(self.keys.shape[0])[indices.cpu()])
+            self.reorder_cache(torch.arange(self.state.buffer.keys.shape[0])[indices.cpu()])
 
     def offload(self) -> None:
         """Not supported: a decode step reads scattered tokens, so the cache has to be where it is used."""
-        raise UnsupportedError('cache offloading does not work with sparse attention; use cache_implementation="dynamic"')
+        raise UnsupportedError(
+            'cache offloading does not work with sparse attention; use cache_implementation="dynamic"'
+        )
 
     prefetch = offload
 
+    def reconfigured(self, config: AttentionConfig) -> "SparseLayer":
+        """A layer over the same buffer that reads it as `config` says."""
+        other = SparseLayer(config)
+        if self.is_initialized:
+            other.dtype, other.device, other.is_initialized = self.dtype, self.device, True
+            other.state.buffer = self.state.buffer
+            other._refresh()
+        return other
+
     def _refresh(self) -> None:
+        # other code reads these; untagged, so that no layer holds itself through its own view
         self.keys, self.values = self.state.buffer.keys, self.state.buffer.values
 
 
-class SparseCache(DynamicCache):  # type: ignore[misc]
+class SparseCache(DynamicCache):
     """The KV cache of a model under sparse attention. Give it to `generate` or `forward` as `past_key_values`.
 
     Args:
@@ -105,8 +120,22 @@ class SparseCache(DynamicCache):  # type: ignore[misc]
 
     def __init__(self, model_config: PreTrainedConfig, config: AttentionConfig) -> None:
         super().__init__(config=model_config)
-        self.layers = [SparseLayer(config) if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers: list[Any] = [
+            SparseLayer(config) if type(layer) is DynamicLayer else layer for layer in self.layers
+        ]
         self.config = config
+
+    def reconfigured(self, config: AttentionConfig) -> "SparseCache":
+        """The same keys and values read another way. Shares memory with this cache: use one at a time.
+
+        Counters start at zero and the index is built anew when first needed.
+        """
+        other = copy.copy(self)
+        other.config = config
+        other.layers = [
+            layer.reconfigured(config) if isinstance(layer, SparseLayer) else layer for layer in self.layers
+        ]
+        return other
 
     @property
     def sparse_layers(self) -> list[SparseLayer]:

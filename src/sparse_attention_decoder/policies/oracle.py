@@ -27,7 +27,9 @@ class OraclePolicy:
         low, high = step.regions.low, step.regions.high
         tokens = torch.arange(low, high, device=keys.device).expand(*keys.shape[:2], -1)
         logits = step.kernels.exact_logits(step.query, keys, tokens, step.scaling)
-        chosen = step.kernels.select(logits, step.near_lse(), low, step.regions.middle, step.config.top_k, step.threshold)
+        chosen = step.kernels.select(
+            logits, step.near_lse(), low, step.regions.middle, step.config.top_k, step.threshold
+        )
         scored = sum(step.regions.middle_counts) * keys.shape[1]
         key_bytes = keys.shape[-1] * keys.element_size()
         return Selection(chosen.tokens, chosen.counts, chosen.missing_mass, scored * key_bytes)

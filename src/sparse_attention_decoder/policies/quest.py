@@ -87,15 +87,17 @@ class QuestPolicy:
         middle = regions.middle if regions.middle is not None else torch.ones_like(page, dtype=torch.bool)
         pages = -(-total // PAGE)
         # a page may be read for its middle tokens only: sinks and window are read anyway
-        candidates = torch.zeros(batch, pages, dtype=torch.bool, device=keys.device)
-        candidates.scatter_reduce_(1, page, middle, "amax")
+        size = torch.zeros(batch, pages, dtype=torch.int64, device=keys.device).scatter_add_(1, page, middle.long())
+        candidates = size > 0
         query = step.query.reshape(batch, heads, -1, 1, dim)
         bound = torch.maximum(query * bounds.low[:, :, None, :pages], query * bounds.high[:, :, None, :pages]).sum(-1)
         bound = (bound.float() * step.scaling).masked_fill(~candidates[:, None, None], -math.inf)
         share = bound.softmax(-1).mean(2).masked_fill(~candidates[:, None], -1.0)
-        wanted = min(-(-step.config.top_k // PAGE), pages)
-        best = share.topk(wanted, dim=-1)
-        read = torch.zeros_like(share, dtype=torch.bool).scatter_(-1, best.indices, best.values >= 0)
+        best = share.sort(dim=-1, descending=True)
+        held = size[:, None].expand_as(share).gather(-1, best.indices)
+        # best pages first, until they hold top_k middle tokens
+        wanted = (held.cumsum(-1) - held < step.config.top_k) & (held > 0)
+        read = torch.zeros_like(share, dtype=torch.bool).scatter_(-1, best.indices, wanted)
         chosen = read.gather(-1, page[:, None].expand(-1, heads, -1)) & middle[:, None]
         counts = chosen.sum(-1)
         tokens = chosen.int().argsort(dim=-1, descending=True, stable=True)[..., : int(counts.max())] + regions.low

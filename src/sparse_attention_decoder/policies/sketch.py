@@ -32,6 +32,8 @@ class SketchPolicy:
         logits = step.kernels.score(
             step.query, sketch.codes[:, :, low:high], sketch.factors[:, :, low:high], sketch.statistics, step.scaling
         )
-        chosen = step.kernels.select(logits, step.near_lse(), low, step.regions.middle, step.config.top_k, step.threshold)
+        chosen = step.kernels.select(
+            logits, step.near_lse(), low, step.regions.middle, step.config.top_k, step.threshold
+        )
         scored = sum(step.regions.middle_counts) * step.buffer.keys.shape[1]
         return Selection(chosen.tokens, chosen.counts, chosen.missing_mass, scored * sketch.bytes_per_token)

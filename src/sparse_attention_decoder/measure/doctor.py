@@ -1,0 +1,35 @@
+"""What `sparse-decoder doctor` says: versions, backends, threads, the model."""
+
+import os
+import platform
+from collections.abc import Iterator
+
+import torch
+import transformers
+
+from sparse_attention_decoder import __version__
+from sparse_attention_decoder.errors import ModelLoadError
+from sparse_attention_decoder.kernels import Request
+from sparse_attention_decoder.models.loading import cache_directory, default_gguf
+from sparse_attention_decoder.tables import BACKENDS, load
+
+
+def facts() -> Iterator[tuple[str, str]]:
+    """Pairs of a name and what is so, one a line."""
+    yield "sparse_attention_decoder", __version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", torch.__version__
+    yield "transformers", transformers.__version__
+    yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    yield "device", torch.cuda.get_device_name() if device.type == "cuda" else "cpu, no CUDA device"
+    for name, row in BACKENDS.items():
+        kernels = load(row)()
+        reason = kernels.refuses(Request(device, torch.float32, 64))
+        usable = f"usable; sparse from {kernels.crossover_tokens} tokens on unless told otherwise"
+        yield f"backend {name}", usable if reason is None else f"not usable: {reason}"
+    try:
+        yield "default model", str(default_gguf())
+    except ModelLoadError as error:
+        yield "default model", f"not found: {error}"
+    yield "converted models", str(cache_directory())

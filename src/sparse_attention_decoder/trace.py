@@ -1,0 +1,94 @@
+"""Attention scores one can read: which tokens the last position attended to, and how much."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_attention_decoder.attention import Decoded, LayerState, tokens_read
+from sparse_attention_decoder.selection import Rows
+
+
+@dataclass(frozen=True)
+class HeadTrace:
+    """What one KV head of one layer read for the last position.
+
+    layer, kv_head: where, counted from 0.
+    positions: [N] int64, the tokens read, in order of position.
+    weights: [G, N] float32, attention of each of the G query heads that share the KV head; each
+        row sums to 1 over the tokens read.
+    texts: the N tokens as text.
+    missing_mass: estimated attention mass on tokens left unread; 0.0 where everything was read,
+        None where the policy does not estimate.
+    """
+
+    layer: int
+    kv_head: int
+    positions: Tensor
+    weights: Tensor
+    texts: tuple[str, ...]
+    missing_mass: float | None
+
+    def top(self, count: int = 10) -> list[tuple[int, str, float]]:
+        """The tokens with most attention, as (position, text, mean weight over the query heads)."""
+        mean = self.weights.mean(0)
+        best = mean.topk(min(count, len(mean))).indices.tolist()
+        return [(int(self.positions[i]), self.texts[i], float(mean[i])) for i in best]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Attention of the last position of a text, for every layer and KV head.
+
+    tokens: the whole text, token by token; a head's `positions` count in it.
+    heads: one entry per layer and KV head, layers first.
+    """
+
+    tokens: tuple[str, ...]
+    heads: tuple[HeadTrace, ...]
+
+    def head(self, layer: int, kv_head: int) -> HeadTrace:
+        """The entry of one layer and KV head.
+
+        Raises:
+            KeyError: no such layer or head, or the layer keeps a sliding window of its own.
+        """
+        for entry in self.heads:
+            if (entry.layer, entry.kv_head) == (layer, kv_head):
+                return entry
+        raise KeyError(f"no trace of layer {layer}, KV head {kv_head}")
+
+    def __str__(self) -> str:
+        """A line per head: share of the tokens read, and the three with most attention."""
+        lines = []
+        for entry in self.heads:
+            best = "  ".join(f"{text!r}@{position} {weight:.2f}" for position, text, weight in entry.top(3))
+            read = f"{len(entry.positions)}/{len(self.tokens)}"
+            lines.append(f"layer {entry.layer:2} head {entry.kv_head}  read {read:>11}  {best}")
+        return "\n".join(lines)
+
+
+def trace_layer(
+    number: int, state: LayerState, last: tuple[Tensor, Rows, float, Decoded], tokens: tuple[str, ...]
+) -> list[HeadTrace]:
+    """The heads of one layer, from its newest decode step; the batch holds one row."""
+    query, rows, scaling, decoded = last
+    keys = state.buffer.keys
+    batch, heads, length, _ = keys.shape
+    if decoded.selection is None:
+        read = torch.arange(length, device=keys.device).expand(batch, heads, -1)
+        valid = None
+    else:
+        read, valid = tokens_read(state, rows, decoded.selection)
+    logits = state.kernels.exact_logits(query, keys, read, scaling)
+    found = []
+    for head in range(heads):
+        kept = slice(None) if valid is None else valid[0, head]
+        positions, order = read[0, head][kept].sort()
+        weights = logits[0, head][:, kept].softmax(-1)[:, order]
+        missing = 0.0 if decoded.selection is None else None
+        if decoded.selection is not None and decoded.selection.missing_mass is not None:
+            missing = float(decoded.selection.missing_mass[0, head])
+        texts = tuple(tokens[position] for position in positions.tolist())
+        found.append(HeadTrace(number, head, positions.cpu(), weights.float().cpu(), texts, missing))
+    return found

@@ -1,0 +1,152 @@
+"""sparse-decoder as a user types it, on a tiny model saved to a directory."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_decoder import TEXT, tokenizer
+from tiny import build
+
+from sparse_attention_decoder import SparseAttention
+from sparse_attention_decoder.cli import main
+from sparse_attention_decoder.tables import POLICIES
+
+SPARSE = ["--top-k", "5", "--threshold", "0", "--window", "4", "--sinks", "2", "--dense-below", "0"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    build("llama").save_pretrained(folder)
+    # a streamer holds text back until a space follows
+    tokenizer(spaced=True).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: object) -> int:
+    """Call the entry point in this process; its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sparse-decoder", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
+
+
+def test_generate_prints_the_text_and_nothing_else(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", TEXT, "-m", directory, "-n", 12, *SPARSE) == 0
+    printed = capsys.readouterr().out
+    model = SparseAttention.from_pretrained(directory)
+    expected = model.complete(TEXT, max_new_tokens=12, do_sample=False)
+    # the config differs from the default, so only the shape of the output is the same
+    assert len(printed) == len(expected) + 1
+    assert run("generate", TEXT, "-m", directory, "-n", 12, "--dense") == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_the_prompt_may_come_from_a_file_or_standard_input(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text(TEXT)
+    assert run("generate", "--file", file, "-m", directory, "-n", 8) == 0
+    from_file = capsys.readouterr().out
+    piped = subprocess.run(
+        [sys.executable, "-m", "sparse_attention_decoder.cli", "generate", "-m", directory, "-n", "8"],
+        input=TEXT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert piped.stdout == from_file
+
+
+def test_compare_shows_speed_bytes_and_agreement(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", TEXT, "-m", directory, "-n", 10, "--compare", *SPARSE) == 0
+    printed = capsys.readouterr().out
+    for expected in ("prompt: 90 tokens", "transformers, dense", "ours, dense", "ours, sparse", "agreement: the first"):
+        assert expected in printed
+    avoided = float(printed.split("sparse avoided ")[1].split("%")[0])
+    assert 60 < avoided < 95
+
+
+def test_demo_runs_on_any_model(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("demo", "--tokens", 300, "-n", 4, "-m", directory) == 0
+    assert "KV bytes read" in capsys.readouterr().out
+
+
+def test_doctor_prints_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor") == 0
+    printed = capsys.readouterr().out
+    assert "backend reference" in printed
+    assert "torch" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", ""], "prompt is empty"),
+        (["generate", "x" * 2000], "exceed the model's context of 1024"),
+        (["generate", "x", "--top-k", "0"], "top_k is 0"),
+        (["generate", "x", "--window", "0"], "attention_window is 0"),
+        (["generate", "x", "--threshold", "2"], "threshold is 2.0"),
+        (["generate", "x", "--policy", "none"], "policy is 'none'"),
+        (["generate", "x", "--dense", "--compare"], "exclude each other"),
+        (["generate", "--file", "/no/such/file"], "cannot read /no/such/file"),
+        (["demo", "--tokens", "100000000"], "ask for at most"),
+    ],
+)
+def test_wrong_input_ends_with_one_line_and_status_one(
+    directory: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert run(*arguments, "-m", directory) == 1
+    captured = capsys.readouterr()
+    assert says in " ".join(captured.err.split())
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_a_model_that_is_not_there_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "hello", "-m", tmp_path) == 1
+    assert str(tmp_path) in capsys.readouterr().err.replace("\n", "")
+
+
+def test_wrong_options_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "x", "--no-such-option") == 2
+    assert "--no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "demo", "doctor"])
+def test_every_command_and_option_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    assert command in capsys.readouterr().out
+    assert run(command, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in (line for line in lines if line.strip().startswith(("│ --", "│    --"))):
+        assert len(line.split("  ")) > 1, line
+
+
+def test_help_names_every_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "--help") == 0
+    printed = capsys.readouterr().out
+    assert [name for name in POLICIES if name not in printed] == []
+
+
+def test_ctrl_c_ends_cleanly(directory: Path) -> None:
+    command = [sys.executable, "-m", "sparse_attention_decoder.cli", "generate", TEXT, "-m", directory, "-n", "900"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    # the first character says that tokens are coming
+    process.stdout.read(1)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopped" in errors
+    assert "Traceback" not in errors
