@@ -68,6 +68,7 @@ class LayerState:
         self.buffer.reset()
         self.reads = Reads()
         self.index = None
+        self._kernels = None
 
     def dense_rows(self, rows: Rows) -> list[bool]:
         """Which rows are read whole: those within the budget or below the crossover."""
@@ -170,5 +171,6 @@ def _count(layer: LayerState, rows: Rows, selection: Selection | None, dense: li
         reads.sparse_steps = 1
         reads.index_bytes = selection.index_bytes
         if selection.missing_mass is not None:
-            reads.missing_mass = float(selection.missing_mass.mean())
+            sparse = torch.tensor(dense).logical_not().to(selection.missing_mass)
+            reads.missing_mass = float((selection.missing_mass.mean(-1) * sparse).mean())
     return reads

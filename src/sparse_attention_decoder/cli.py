@@ -141,7 +141,7 @@ def demo(
     from sparse_attention_decoder.measure.demo import QUESTION, document
 
     decoder = _load(model, AttentionConfig())
-    prompt = document(decoder, tokens)
+    prompt = f"{document(decoder, tokens)}\n\n{QUESTION}"
     console.print(f"The document: Python's language reference, cut to about {tokens} tokens.")
     console.print(f"The question: {QUESTION}\n")
     _show(_compare(decoder, prompt, None, max_new_tokens))

@@ -1,7 +1,6 @@
 """AttentionConfig: how many tokens a decode step may read, and who chooses them."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 
 from sparse_attention_decoder.errors import ConfigError
@@ -54,13 +53,13 @@ class AttentionConfig:
                 raise ConfigError(
                     f"threshold is {self.threshold!r}; expected a number from 0 to below 1, or None for off"
                 )
-            if not (math.isfinite(self.threshold) and 0 <= self.threshold < 1):
+            if not 0 <= self.threshold < 1:
                 raise ConfigError(
                     f"threshold is {self.threshold}; as a share of attention it is 0 (off) up to below 1, such as 3e-5"
                 )
-        if self.policy not in POLICIES:
+        if not isinstance(self.policy, str) or self.policy not in POLICIES:
             raise ConfigError(f"policy is {self.policy!r}; choose one of {', '.join(POLICIES)}")
-        if self.backend != "auto" and self.backend not in BACKENDS:
+        if not isinstance(self.backend, str) or self.backend not in ("auto", *BACKENDS):
             raise ConfigError(f"backend is {self.backend!r}; choose auto or one of {', '.join(BACKENDS)}")
 
     @property
@@ -82,7 +81,8 @@ class AttentionConfig:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        # beside malformed text: numbers of thousands of digits, and nesting deeper than Python's stack
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"not JSON: {error}; expected an object as AttentionConfig.to_json writes it") from error
         if not isinstance(values, dict):
             raise ConfigError(f'JSON holds a {type(values).__name__}; expected an object such as {{"top_k": 32}}')

@@ -45,8 +45,8 @@ class KVBuffer:
             ShapeError: other rows, heads, dims, dtype or device than those held.
         """
         keys, values = keys.detach(), values.detach()
+        self._check_pair(keys, values)
         if self._keys is None or self._values is None:
-            self._check_pair(keys, values)
             room = keys.shape[2] + keys.shape[2] // 2
             self._keys, self._values = _allocate(keys, room), _allocate(values, room)
         self._check_fits("keys", keys, self._keys)
@@ -116,4 +116,6 @@ class KVBuffer:
 
 def _allocate(like: Tensor, tokens: int) -> Tensor:
     batch, heads, _, dim = like.shape
-    return torch.empty(batch, heads, tokens, dim, dtype=like.dtype, device=like.device)
+    # born under inference mode, a tensor could never be written to outside it
+    with torch.inference_mode(False):
+        return torch.empty(batch, heads, tokens, dim, dtype=like.dtype, device=like.device)

@@ -25,7 +25,9 @@ class Sketch:
     def reset(self) -> None:
         """Forget everything."""
         self.length = 0
+        # per row: tokens the statistics were fitted on, and the cached length that those tokens reach
         self._fitted: list[int] = []
+        self._reach: list[int] = []
         self._codes: Tensor | None = None
         self._factors: Tensor | None = None
         self._mean: Tensor | None = None
@@ -54,6 +56,8 @@ class Sketch:
         """Bytes one token takes per KV head."""
         return self.codes.shape[-1] + 2
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def catch_up(self, keys: Tensor, rows: Rows, needed: int) -> None:
         """Cover at least the first `needed` of the keys [B, Hkv, T, D].
 
@@ -75,15 +79,20 @@ class Sketch:
             self._encode(keys, rows)
 
     def truncate(self, length: int) -> None:
-        """Forget the codes of tokens from `length` on; statistics follow at the next `catch_up`."""
+        """Forget what was read off tokens from `length` on: codes, and statistics fitted on any of them."""
         self.length = min(self.length, length)
+        self._fitted = [
+            fitted if reach <= length else -1 for fitted, reach in zip(self._fitted, self._reach, strict=True)
+        ]
 
+    @torch.inference_mode(False)
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` held."""
         if self._codes is None:
             return
         rows = rows.to(self._codes.device)
         self._fitted = [self._fitted[row] for row in rows.tolist()]
+        self._reach = [self._reach[row] for row in rows.tolist()]
         for name in ("_codes", "_factors", "_mean", "_deviation"):
             setattr(self, name, getattr(self, name).index_select(0, rows))
 
@@ -95,18 +104,19 @@ class Sketch:
         self._factors = torch.empty(batch, heads, room, dtype=torch.float16, device=keys.device)
         self._mean = torch.zeros(batch, heads, dim, dtype=work, device=keys.device)
         self._deviation = torch.ones(batch, heads, dim, dtype=work, device=keys.device)
-        self._fitted = [-1] * batch
+        self._fitted, self._reach = [-1] * batch, [0] * batch
 
     def _fit_row(self, row: int, keys: Tensor, rows: Rows, tokens: int) -> None:
         if rows.valid is None:
-            own = keys[row, :, self._sinks : tokens]
+            own, reach = keys[row, :, self._sinks : tokens], tokens
         else:
             real = rows.valid[row].nonzero().squeeze(-1)
+            reach = int(real[tokens - 1]) + 1 if tokens else 0
             own = keys[row].index_select(1, real[self._sinks : tokens])
         mean, deviation = self._kernels.fit(own)
         _require_finite(mean)
         self.statistics.mean[row], self.statistics.deviation[row] = mean, deviation
-        self._fitted[row] = tokens
+        self._fitted[row], self._reach[row] = tokens, reach
 
     def _encode(self, keys: Tensor, rows: Rows) -> None:
         total = keys.shape[2]

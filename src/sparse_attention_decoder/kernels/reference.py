@@ -34,14 +34,15 @@ class ReferenceKernels:
 
     def fit(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation [Hkv, D] of one row's keys [Hkv, N, D] after rotation; N may be 0."""
-        rotated = rotate(keys).double()
+        rotated = rotate(keys)
         if keys.shape[1] == 0:
-            zero = rotated.new_zeros(rotated.shape[0], rotated.shape[2])
-            return zero.to(_work_dtype(keys)), (zero + 1).to(_work_dtype(keys))
-        deviation, mean = torch.std_mean(rotated, dim=1, correction=0)
-        # a channel that never varies still needs a scale; its codes then carry nothing, and the mean is exact
-        deviation = deviation.clamp_min(1e-6)
-        return mean.to(_work_dtype(keys)), deviation.to(_work_dtype(keys))
+            mean = rotated.new_zeros(rotated.shape[0], rotated.shape[2])
+            return mean, torch.ones_like(mean)
+        deviation, mean = torch.std_mean(rotated.double(), dim=1, correction=0)
+        # a channel that has not varied yet still needs a scale for the keys to come
+        typical = deviation.square().mean(-1, keepdim=True).sqrt()
+        deviation = torch.where(typical > 0, deviation.maximum(0.01 * typical), 1.0)
+        return mean.to(rotated.dtype), deviation.to(rotated.dtype)
 
     def encode(self, keys: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
         """Two bits a channel and one factor a token.
@@ -73,7 +74,8 @@ class ReferenceKernels:
         Cost: reads ceil(D/4) + 2 bytes a token and KV head, and no key.
         """
         batch, heads, tokens, _ = codes.shape
-        rotated = rotate(_grouped(query, heads))
+        work = _work_dtype(query)
+        rotated = _grouped(query, heads).to(work) @ rotation(query.shape[-1], query.device, work)
         weights = rotated * statistics.deviation.unsqueeze(2)
         # without the mean's share the estimate has no scale across heads: KL 3.3 (algorithm study)
         mean_logit = (rotated * statistics.mean.unsqueeze(2)).sum(-1, keepdim=True)
@@ -138,28 +140,49 @@ class ReferenceKernels:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotate the last axis by the fixed orthogonal matrix of its size; float32 out (float64 for float64).
+    """Rotate the last axis: random signs, a Hadamard butterfly, a cosine transform over the odd part of D.
 
-    The product is taken in float64, so a vector gets the same float32 result alone and in a batch:
-    codes of keys appended one by one equal codes of keys appended together.
+    Returns float32 (float64 for float64). Every element is a chain of single additions in a fixed
+    order, so a vector gets the same bits alone and in a batch: codes of keys appended one by one
+    equal codes of keys appended together. A matrix product would not promise that.
     """
-    matrix = rotation(x.shape[-1], x.device)
-    return (x.double() @ matrix.T).to(_work_dtype(x))
+    size = x.shape[-1]
+    x = x.to(_work_dtype(x)) * _signs(size, x.device)
+    power = size & -size
+    half = 1
+    while half < power:
+        first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+        half *= 2
+    x = x * power**-0.5
+    if power == size:
+        return x
+    blocks = x.unflatten(-1, (size // power, power))
+    cosine = _cosine(size // power, x.device).to(x.dtype)
+    mixed = cosine[:, :1] * blocks[..., :1, :]
+    for part in range(1, size // power):
+        mixed = mixed + cosine[:, part : part + 1] * blocks[..., part : part + 1, :]
+    return mixed.flatten(-2)
 
 
 @lru_cache(maxsize=16)
-def rotation(size: int, device: torch.device) -> Tensor:
-    """The orthogonal matrix [D, D] in float64: random signs, then Hadamard (x DCT for odd parts of D)."""
-    signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(size)).double() * 2 - 1
-    hadamard = torch.ones(1, 1, dtype=torch.float64)
-    while size % (2 * len(hadamard)) == 0:
-        top, bottom = torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)
-        hadamard = torch.cat([top, bottom]) / math.sqrt(2)
-    odd = size // len(hadamard)
-    angles = torch.outer(torch.arange(odd), torch.arange(odd) + 0.5).double() * math.pi / odd
-    cosine = torch.cos(angles) * math.sqrt(2 / odd)
+def rotation(size: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """`rotate` as a matrix: `x @ rotation(D, ...)`, one product where the last bit does not matter."""
+    return rotate(torch.eye(size, dtype=torch.float64, device=device)).to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _signs(size: int, device: torch.device) -> Tensor:
+    # drawn from a generator of our own: the same on every machine and in every process
+    return (torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(size)) * 2 - 1).to(device)
+
+
+@lru_cache(maxsize=16)
+def _cosine(size: int, device: torch.device) -> Tensor:
+    angles = torch.outer(torch.arange(size), torch.arange(size) + 0.5).double() * math.pi / size
+    cosine = torch.cos(angles) * math.sqrt(2 / size)
     cosine[0] /= math.sqrt(2)
-    return (torch.kron(cosine, hadamard) * signs).to(device)
+    return cosine.to(device)
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:

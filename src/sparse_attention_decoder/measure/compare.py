@@ -5,10 +5,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.decoder import Progress, SparseAttention
@@ -99,8 +99,8 @@ def side_by_side(
     # the last token is left to be decoded, by each side its own way
     cache = model.prefill(input_ids[:, :-1], on_prefill)
     prefill_seconds = time.perf_counter() - started
-    caches: dict[str, Cache] = {
-        STOCK: _stock(cache, model),
+    caches: dict[str, Any] = {
+        STOCK: cache.to_stock(model.model.config),
         DENSE: copy.deepcopy(cache.reconfigured(AttentionConfig(policy="dense"))),
         SPARSE: cache,
     }
@@ -130,19 +130,6 @@ def side_by_side(
     return Comparison(input_ids.shape[1], prefill_seconds, sides)
 
 
-def _stock(cache: SparseCache, model: SparseAttention) -> DynamicCache:
-    stock = DynamicCache(config=model.model.config)
-    for number, layer in enumerate(cache.layers):
-        if layer.is_initialized:
-            stock.layers[number] = copy.deepcopy(layer)
-    for layer in cache.sparse_layers:
-        number = cache.layers.index(layer)
-        fresh = DynamicCache(config=model.model.config).layers[number]
-        fresh.update(layer.state.buffer.keys.clone(), layer.state.buffer.values.clone())
-        stock.layers[number] = fresh
-    return stock
-
-
 def _switch(model: SparseAttention, name: str) -> None:
     if name == STOCK:
         disable(model.model)
@@ -157,7 +144,7 @@ def _ends(model: SparseAttention) -> set[int]:
     return set(ends) if isinstance(ends, list) else {int(ends)}
 
 
-def _close(side: Side, cache: Cache, model: SparseAttention) -> None:
+def _close(side: Side, cache: Any, model: SparseAttention) -> None:
     if model.tokenizer is not None:
         side.text = str(model.tokenizer.decode(side.ids, skip_special_tokens=True))
     if isinstance(cache, SparseCache):

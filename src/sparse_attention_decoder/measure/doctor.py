@@ -3,9 +3,9 @@
 import os
 import platform
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import torch
-import transformers
 
 from sparse_attention_decoder import __version__
 from sparse_attention_decoder.errors import ModelLoadError
@@ -19,7 +19,7 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "sparse_attention_decoder", __version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", torch.__version__
-    yield "transformers", transformers.__version__
+    yield "transformers", version("transformers")
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     yield "device", torch.cuda.get_device_name() if device.type == "cuda" else "cpu, no CUDA device"

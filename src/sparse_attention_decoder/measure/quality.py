@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import InputError
@@ -52,7 +52,7 @@ class Outcome:
 
 @torch.inference_mode()
 def compare(
-    model: PreTrainedModel,
+    model: Any,
     input_ids: Tensor,
     context: int,
     configs: list[AttentionConfig],
@@ -91,7 +91,7 @@ def compare(
 
 
 def _decode(
-    model: PreTrainedModel,
+    model: Any,
     cache: SparseCache,
     ids: Tensor,
     context: int,

@@ -137,6 +137,16 @@ class SparseCache(DynamicCache):
         ]
         return other
 
+    def to_stock(self, model_config: PreTrainedConfig) -> DynamicCache:
+        """A copy as the dynamic cache that transformers makes by itself, for baselines."""
+        stock = DynamicCache(config=model_config)
+        for number, layer in enumerate(self.layers):
+            if not isinstance(layer, SparseLayer):
+                stock.layers[number] = copy.deepcopy(layer)
+            elif layer.is_initialized:
+                stock.layers[number].update(layer.state.buffer.keys.clone(), layer.state.buffer.values.clone())
+        return stock
+
     @property
     def sparse_layers(self) -> list[SparseLayer]:
         """The layers that are ours, in order."""

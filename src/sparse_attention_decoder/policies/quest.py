@@ -26,6 +26,8 @@ class PageBounds:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def catch_up(self, keys: Tensor, rows: Rows, needed: int) -> None:
         """Cover all keys [B, Hkv, T, D]; only those not yet seen are read."""
         total = keys.shape[2]
@@ -56,6 +58,7 @@ class PageBounds:
         if length < self.length:
             self.length = 0
 
+    @torch.inference_mode(False)
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` held."""
         if self.low is not None and self.high is not None:
