@@ -45,12 +45,10 @@ def default_configs() -> list[AttentionConfig]:
     grid = [
         (32, 3e-5, 256),
         (32, 5e-5, 256),
-        (32, 2e-5, 256),
         (32, 1e-4, 256),
-        (128, 5e-5, 256),
         (32, 3e-5, 128),
-        (32, 1e-5, 256),
-        (32, 3e-4, 64),
+        (32, 2e-5, 256),
+        (128, 5e-5, 256),
     ]
     return [AttentionConfig(top_k, threshold, window, dense_below=0) for top_k, threshold, window in grid]
 

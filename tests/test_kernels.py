@@ -163,13 +163,15 @@ def test_a_key_that_is_the_mean_scores_the_mean():
     assert_error_within(estimate, query[:, None] @ keys[:, 0, :, :, None].squeeze(-1).transpose(-1, -2), 1e-5)
 
 
-def test_keys_that_never_varied_do_not_blind_the_codes_of_later_keys():
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_keys_that_never_varied_do_not_blind_the_codes_of_later_keys(dtype):
     # a prompt of one repeated token, in a layer without positions; the next key is another one
-    constant, later = torch.zeros(1, 1, 30, 64), randn(0, 1, 1, 1, 64)
-    statistics = fit(constant)
-    codes, factors = REFERENCE.encode(later, statistics)
-    own = REFERENCE.score(later[:, :, 0], codes, factors, statistics, 1.0)
-    assert_error_within(own, later.square().sum(-1, keepdim=True), 0.01 * float(later.square().sum()))
+    constant, later = randn(0, 1, 1, 1, 64, dtype=dtype), randn(1, 1, 1, 1, 64, dtype=dtype)
+    statistics = fit(constant.expand(1, 1, 37, 64))
+    query = (later - constant)[:, :, 0]
+    estimate = REFERENCE.score(query, *REFERENCE.encode(later, statistics), statistics, 1.0)
+    exact = (query.double() * later[:, :, 0].double()).sum(-1)[..., None, None]
+    assert_error_within(estimate, exact, 0.01 * float(query.double().square().sum()))
 
 
 # --- scores

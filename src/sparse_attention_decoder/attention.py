@@ -139,6 +139,12 @@ def tokens_read(layer: LayerState, rows: Rows, selection: Selection) -> tuple[Te
 def attend_densely(query: Tensor, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
     """Attention [B, Hq, Dv] of queries [B, Hq, D] over the whole cache, KV heads not repeated."""
     keys, values = buffer.keys, buffer.values
+    # the two calls transformers makes for one query token, so that the bits are the same
+    if rows.valid is None and keys.shape[-1] == values.shape[-1] <= 256:
+        shared = query.shape[1] != keys.shape[1]
+        return scaled_dot_product_attention(query.unsqueeze(2), keys, values, scale=scaling, enable_gqa=shared).squeeze(
+            2
+        )
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
     mask = None if rows.valid is None else rows.valid[:, None, None]
     return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling).flatten(1, 2)

@@ -61,6 +61,21 @@ class Rows:
             return cls(mask.shape[1], counts)
         return cls(mask.shape[1], counts, mask)
 
+    def take(self, rows: Tensor) -> "Rows":
+        """The rows that `rows` [B'] int64 names, in that order."""
+        valid = None if self.valid is None else self.valid.index_select(0, rows.to(self.valid.device))
+        return Rows(self.length, tuple(self.counts[row] for row in rows.tolist()), valid)
+
+    def same_past(self, earlier: "Rows", length: int) -> bool:
+        """Whether the first `length` positions hold the same real tokens as they did earlier."""
+        if self.valid is None and earlier.valid is None:
+            return True
+        now, then = (
+            torch.ones(1, length, dtype=torch.bool) if rows.valid is None else rows.valid[:, :length].cpu()
+            for rows in (self, earlier)
+        )
+        return bool((now == then).all())
+
     def regions(self, sinks: int, window: int, device: torch.device) -> Regions:
         """Split each row into its first `sinks`, its last `window` and what lies between."""
         if self.valid is None:

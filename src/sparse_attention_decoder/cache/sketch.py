@@ -28,6 +28,7 @@ class Sketch:
         # per row: tokens the statistics were fitted on, and the cached length that those tokens reach
         self._fitted: list[int] = []
         self._reach: list[int] = []
+        self._rows: Rows | None = None
         self._codes: Tensor | None = None
         self._factors: Tensor | None = None
         self._mean: Tensor | None = None
@@ -69,6 +70,10 @@ class Sketch:
         """
         if self._codes is None:
             self._allocate(keys)
+        if self._rows is not None and not rows.same_past(self._rows, max(self._reach)):
+            # a token that was fitted on has been masked since, as the padding behind a finished row is
+            self._fitted = [-1] * len(self._fitted)
+        self._rows = rows
         targets = [fit_length(count) for count in rows.counts]
         stale = [row for row, target in enumerate(targets) if self._fitted[row] != target]
         if stale:
@@ -81,9 +86,9 @@ class Sketch:
     def truncate(self, length: int) -> None:
         """Forget what was read off tokens from `length` on: codes, and statistics fitted on any of them."""
         self.length = min(self.length, length)
-        self._fitted = [
-            fitted if reach <= length else -1 for fitted, reach in zip(self._fitted, self._reach, strict=True)
-        ]
+        for row, reach in enumerate(self._reach):
+            if reach > length:
+                self._fitted[row], self._reach[row] = -1, 0
 
     @torch.inference_mode(False)
     def take_rows(self, rows: Tensor) -> None:
@@ -93,6 +98,7 @@ class Sketch:
         rows = rows.to(self._codes.device)
         self._fitted = [self._fitted[row] for row in rows.tolist()]
         self._reach = [self._reach[row] for row in rows.tolist()]
+        self._rows = None if self._rows is None else self._rows.take(rows)
         for name in ("_codes", "_factors", "_mean", "_deviation"):
             setattr(self, name, getattr(self, name).index_select(0, rows))
 

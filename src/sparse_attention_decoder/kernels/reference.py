@@ -159,7 +159,7 @@ def rotate(x: Tensor) -> Tensor:
         return x
     blocks = x.unflatten(-1, (size // power, power))
     cosine = _cosine(size // power, x.device).to(x.dtype)
-    mixed = cosine[:, :1] * blocks[..., :1, :]
+    mixed: Tensor = cosine[:, :1] * blocks[..., :1, :]
     for part in range(1, size // power):
         mixed = mixed + cosine[:, part : part + 1] * blocks[..., part : part + 1, :]
     return mixed.flatten(-2)

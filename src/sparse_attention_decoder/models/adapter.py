@@ -38,6 +38,7 @@ class _Enabled:
     config: AttentionConfig
     previous: str
     hook: RemovableHandle
+    own_preparation: Any
 
 
 def enable(model: Model, config: AttentionConfig | None = None) -> Model:
@@ -54,7 +55,7 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
         NonFiniteError: a weight holds NaN or infinity.
     Calling it again replaces the config. `disable` takes it off.
     """
-    families.check(model.config)
+    families.check(model)
     _require_finite_weights(model)
     disable(model)
     config = config or AttentionConfig()
@@ -71,8 +72,8 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
             "%s has no full-attention layer: nothing to read sparsely, it runs as before", model.config.model_type
         )
     hook = model.register_forward_pre_hook(_give_cache, with_kwargs=True)
-    setattr(model, _STATE, _Enabled(config, previous, hook))
     original = getattr(model, _PREPARE)
+    setattr(model, _STATE, _Enabled(config, previous, hook, vars(model).get(_PREPARE)))
 
     def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         wants_default = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache
@@ -93,8 +94,10 @@ def disable(model: Model) -> Model:
     if state is not None:
         state.hook.remove()
         delattr(model, _STATE)
-        # set on the instance over the class's method, so deleting uncovers the original
+        # set on the instance over the class's method, so deleting uncovers that
         delattr(model, _PREPARE)
+        if state.own_preparation is not None:
+            setattr(model, _PREPARE, state.own_preparation)
         model.set_attn_implementation(state.previous)
     return model
 
@@ -125,7 +128,9 @@ def sparse_attention_forward(
     layer: SparseLayer | None = getattr(key, LAYER_TAG, None)
     rows = None
     if query.shape[2] == 1 and dropout == 0.0:
-        if layer is not None:
+        if query.requires_grad or key.requires_grad or value.requires_grad:
+            _warn_once("decoding under autograd is dense, to have its gradients; decode under torch.no_grad()")
+        elif layer is not None:
             rows = _rows(query.shape[0], key.shape[2], attention_mask)
         elif key.shape[2] > 1 and kwargs.get("sliding_window") is None:
             _warn_once(f"{type(module).__name__} decodes densely: its keys do not come from a SparseCache")
@@ -149,43 +154,44 @@ def _rows(batch: int, length: int, mask: Tensor | None) -> Rows | None:
     if known is not None:
         return known
     if mask.dtype != torch.bool or mask.shape[1] != 1:
-        _warn_once(f"a {mask.dtype} mask of shape {tuple(mask.shape)} is attended densely; pass a 2-D padding mask")
+        _warn_once(f"a custom {mask.dtype} mask is attended densely; pass a 2-D padding mask")
         return None
     rows = Rows.from_mask(mask[:, 0, 0].expand(batch, -1))
     setattr(mask, ROWS_TAG, rows)
     return rows
 
 
-def _give_cache(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+def _give_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Forward pre-hook: put a SparseCache where the model would make a dynamic one."""
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
     # forward collects what it does not name under its own **kwargs
-    given = {**given, **given.get("kwargs", {})}
+    given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     model_config: Any = model.config
-    state: _Enabled = getattr(model, _STATE)
-    if given.get("output_attentions") or (given.get("output_attentions") is None and model_config.output_attentions):
+    text_config = model_config.get_text_config(decoder=True)
+    wanted = given.get("output_attentions")
+    if model_config.output_attentions if wanted is None else wanted:
         raise UnsupportedError(
             "output_attentions does not work under sparse attention; use SparseAttention.trace(text)"
         )
     use_cache = given.get("use_cache")
-    use_cache = model_config.use_cache if use_cache is None else use_cache
-    cache: Any = given.get("past_key_values")
-    if cache is None and use_cache and not model.training:
-        kwargs = {**kwargs, "past_key_values": SparseCache(model_config, state.config)}
-    elif type(cache) is DynamicCache and cache.get_seq_length() > 0:
+    use_cache = getattr(text_config, "use_cache", True) if use_cache is None else use_cache
+    held: Any = given.get("past_key_values")
+    if held is None and use_cache and not model.training:
+        state: _Enabled = getattr(model, _STATE)
+        bound.arguments["past_key_values"] = SparseCache(model_config, state.config)
+        return bound.args, bound.kwargs
+    if type(held) is DynamicCache and held.get_seq_length() > 0:
         _warn_once("a stock DynamicCache was passed: this model decodes densely on it; pass a SparseCache or none")
     return args, kwargs
 
 
 def _require_finite_weights(model: nn.Module) -> None:
     for name, weight in model.named_parameters():
-        # a sum carries any NaN or infinity out in one pass and without a mask the size of the weight
-        if (
-            weight.is_floating_point()
-            and not weight.is_meta
-            and not bool(weight.detach().sum(dtype=torch.float32).isfinite())
-        ):
+        if not weight.is_floating_point() or weight.is_meta:
+            continue
+        # a sum carries any NaN or infinity out in one cheap pass; large numbers can overflow it, so ask again
+        total = weight.detach().sum(dtype=torch.float32)
+        if not bool(total.isfinite()) and not bool(weight.detach().isfinite().all()):
             raise NonFiniteError(f"weight {name} holds NaN or infinity; the checkpoint is damaged, load it again")
 
 

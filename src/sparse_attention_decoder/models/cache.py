@@ -41,13 +41,14 @@ class SparseLayer(DynamicLayer):
         """Append keys and values [B, Hkv, N, D]; return views [B, Hkv, T, D] of all held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        was_empty = self.state.buffer.length == 0
+        past = self.state.buffer.length
         self.state.buffer.append(key_states, value_states)
         self._refresh()
         keys, values = self.state.buffer.keys, self.state.buffer.values
-        if was_empty and key_states.requires_grad:
-            # the buffer keeps values, not graphs; a first pass under autograd still gets its gradients
-            keys, values = key_states, value_states
+        if key_states.requires_grad or value_states.requires_grad:
+            # the buffer keeps numbers, not graphs: under autograd the new tokens are handed on as they came
+            keys = torch.cat([keys[:, :, :past], key_states], dim=2)
+            values = torch.cat([values[:, :, :past], value_states], dim=2)
         setattr(keys, LAYER_TAG, self)
         return keys, values
 

@@ -2,7 +2,7 @@
 
 import logging
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from sparse_attention_decoder.errors import UnsupportedError
 
@@ -17,12 +17,13 @@ REFUSED = {
 }
 
 
-def check(config: PreTrainedConfig) -> None:
+def check(model: PreTrainedModel) -> None:
     """Refuse a model whose output would be wrong, by name.
 
     Raises:
         UnsupportedError: what the model does that sparse attention cannot.
     """
+    config = model.config
     text = config.get_text_config(decoder=True)
     name = text.model_type
     if name in REFUSED:
@@ -31,5 +32,7 @@ def check(config: PreTrainedConfig) -> None:
         raise UnsupportedError(f"{name} cannot be decoded sparsely: {REFUSED['gemma2']}; run it without enable()")
     if config.is_encoder_decoder:
         raise UnsupportedError(f"{name} is an encoder-decoder; sparse decoding needs a decoder-only causal LM")
+    if not model.can_generate():
+        raise UnsupportedError(f"{type(model).__name__} does not generate text; load the model as a causal LM")
     if getattr(text, "kv_lora_rank", None):
         logger.warning("%s caches latents (MLA), not keys: its attention stays dense, correct but no faster", name)

@@ -23,6 +23,7 @@ class PageBounds:
 
     def __init__(self) -> None:
         self.length = 0
+        self._rows: Rows | None = None
         self.low: Tensor | None = None
         self.high: Tensor | None = None
 
@@ -31,6 +32,9 @@ class PageBounds:
     def catch_up(self, keys: Tensor, rows: Rows, needed: int) -> None:
         """Cover all keys [B, Hkv, T, D]; only those not yet seen are read."""
         total = keys.shape[2]
+        if self._rows is not None and not rows.same_past(self._rows, self.length):
+            self.length = 0
+        self._rows = rows
         if self.length == total:
             return
         pages = -(-total // PAGE)
@@ -63,6 +67,7 @@ class PageBounds:
         """Let row i hold what row `rows[i]` held."""
         if self.low is not None and self.high is not None:
             rows = rows.to(self.low.device)
+            self._rows = None if self._rows is None else self._rows.take(rows)
             self.low, self.high = self.low.index_select(0, rows), self.high.index_select(0, rows)
 
 
