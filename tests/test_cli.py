@@ -95,6 +95,7 @@ def test_doctor_prints_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x", "--top-k", "0"], "top_k is 0"),
         (["generate", "x", "--window", "0"], "attention_window is 0"),
         (["generate", "x", "--threshold", "2"], "threshold is 2.0"),
+        (["generate", "x", "--dense-below", "some"], "expected a number of tokens, or auto"),
         (["generate", "x", "--policy", "none"], "policy is 'none'"),
         (["generate", "x", "--dense", "--compare"], "exclude each other"),
         (["generate", "--file", "/no/such/file"], "cannot read /no/such/file"),

@@ -10,7 +10,7 @@ from tiny import BITING, FORCED, FULL, SPARSE_LAYERS
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from sparse_attention_decoder import SparseAttentionError, SparseCache, disable, enable
+from sparse_attention_decoder import SparseCache, disable, enable
 from sparse_attention_decoder.errors import UnsupportedError
 from sparse_attention_decoder.models import adapter
 
@@ -171,16 +171,32 @@ def test_what_is_no_causal_language_model_is_refused_and_left_as_it_was(family, 
     assert tiny.trace(model) == before
 
 
-def test_every_refusal_is_one_of_ours():
-    with pytest.raises(SparseAttentionError):
-        enable(tiny.build("bloom"), BITING)
-
-
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "block_indices", "indices"])
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "block_indices", "indices", "sinks"])
 def test_an_unknown_family_that_changes_the_scores_is_refused_when_it_does(name):
     query, key = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 8, 16)
     with pytest.raises(UnsupportedError, match=f"Linear passes {name}"):
         adapter.sparse_attention_forward(torch.nn.Linear(1, 1), query, key, key, **{name: torch.ones(1)})
+
+
+@pytest.mark.parametrize("family", ["mamba", "minimax"])
+def test_a_model_with_a_cache_of_another_kind_is_refused_by_name_and_left_as_it_was(family):
+    model = tiny.build(family)
+    before = tiny.trace(model)
+    with pytest.raises(UnsupportedError, match=f"^{family} "):
+        enable(model, BITING)
+    assert tiny.trace(model) == before
+
+
+@pytest.mark.parametrize("config", [FULL, FORCED, BITING], ids=["full", "forced", "biting"])
+def test_values_changed_behind_the_cache_are_attended_as_they_are_and_densely(config, caplog):
+    # diffllama attends the same keys twice, each time to another half of the values' heads
+    caplog.set_level(logging.WARNING, logger="sparse_attention_decoder")
+    dense = tiny.greedy(tiny.build("diffllama"), tiny.prompt(1, 40))
+    result = tiny.greedy(enable(tiny.build("diffllama"), config), tiny.prompt(1, 40))
+    assert torch.equal(result.sequences, dense.sequences)
+    assert_within_rounding(torch.stack(result.logits), torch.stack(dense.logits))
+    assert len(caplog.records) == 1
+    assert "DiffLlamaAttention" in caplog.text
 
 
 def test_latent_attention_is_warned_of_by_name_and_stays_dense(caplog):
@@ -209,9 +225,10 @@ def test_a_model_of_sliding_layers_alone_is_warned_of_by_name_and_unchanged(capl
     assert torch.equal(torch.stack(result.logits), torch.stack(dense.logits))
 
 
-def test_an_ordinary_model_is_not_warned_of(caplog):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_ordinary_model_is_not_warned_of(family, caplog):
     with caplog.at_level(logging.WARNING, logger="sparse_attention_decoder"):
-        tiny.greedy(enable(tiny.build("gemma3_text"), BITING), tiny.prompt(1, 40))
+        tiny.greedy(enable(tiny.build(family), BITING), tiny.prompt(1, 40))
     assert caplog.records == []
 
 

@@ -251,15 +251,20 @@ def test_too_little_memory_is_not_called_a_damaged_model(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "part", ["empty", "magic", "header", "metadata", "tensor list", "tensors", "last byte", "text"]
+    "part", ["empty", "magic", "header", "counts", "metadata", "tensor list", "tensors", "last byte", "text", "twice"]
 )
 def test_a_file_that_is_no_whole_gguf_is_refused_before_the_conversion(file, cache, conversions, part):
-    reader = gguf.GGUFReader(file)
-    end, start = reader.data_offset, reader.tensors[0].field.offset
-    kept = {"empty": 0, "magic": 2, "header": 20, "metadata": start // 2, "tensor list": start + 100}
-    kept |= {"tensors": end + 100, "last byte": file.stat().st_size - 1, "text": 0}
-    text = b"version https://git-lfs.github.com/spec/v1" if part == "text" else b""
-    file.write_bytes(file.read_bytes()[: kept[part]] + text)
+    reader, content = gguf.GGUFReader(file), file.read_bytes()
+    start, end = reader.tensors[0].field.offset, reader.data_offset
+    kept = {"empty": 0, "magic": 2, "header": 20, "counts": 24, "metadata": start // 2, "tensor list": start + 100}
+    kept |= {"tensors": end + 100, "last byte": len(content) - 1}
+    if part in kept:
+        content = content[: kept[part]]
+    elif part == "text":
+        content = b"version https://git-lfs.github.com/spec/v1"
+    else:
+        content = content.replace(b"bos_token_id", b"eos_token_id")
+    file.write_bytes(content)
     stages = []
     with pytest.raises(ModelLoadError, match=r"tiny\.gguf is no GGUF file, or only part of one"):
         loading.load(file, on_stage=stages.append)
@@ -330,13 +335,12 @@ def test_a_changed_file_is_another_model_and_a_touched_one_is_not(tmp_path, monk
     seen = {loading._identity(path)}
     os.utime(path, (1, 1))
     assert {loading._identity(path)} == seen
-    middle = slice(20 << 20, 21 << 20)
-    for place, value in [(slice(1), b"1"), (middle, b"1" * (1 << 20)), (slice(-1, None), b"1")]:
-        content[place] = value
+    content.append(0)
+    first, middle, last = slice(1), slice(20 << 20, 21 << 20), slice(len(content) - 1, None)
+    for changed in (slice(0), first, middle, last):
+        content[changed] = b"1" * len(content[changed])
         path.write_bytes(content)
         seen.add(loading._identity(path))
-    path.write_bytes(content + b"\0")
-    seen.add(loading._identity(path))
     monkeypatch.setattr(loading, "_FORMAT", loading._FORMAT + 1)
     seen.add(loading._identity(path))
     monkeypatch.setattr(loading.transformers, "__version__", "6.0.0")

@@ -53,6 +53,47 @@ SIZES: dict[str, dict[str, Any]] = {
     "smollm3": {**_SIZES, "no_rope_layers": [1, 0]},
     "olmo2": _SIZES,
     "granite": {**_SIZES, "attention_multiplier": 0.3, "residual_multiplier": 0.8, "logits_scaling": 2.0},
+    "gemma": {**_SIZES, **_HEAD_DIM},
+    "mixtral": {**_SIZES, **_HEAD_DIM, "num_local_experts": 4, "sliding_window": None},
+    "opt": {
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+    },
+    "llama4_text": {
+        **_SIZES,
+        **_HEAD_DIM,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "attention_chunk_size": 16,
+        "no_rope_layers": [1, 0],
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 96,
+    },
+    "qwen3_next": {
+        **_SIZES,
+        **_HEAD_DIM,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+    "diffllama": {**_SIZES, **_HEAD_DIM},
+    "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    "minimax": {
+        **_SIZES,
+        **_HEAD_DIM,
+        "num_local_experts": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "block_size": 16,
+    },
     "deepseek_v3": {
         **_SIZES,
         "num_key_value_heads": 4,
@@ -87,11 +128,16 @@ SPARSE_LAYERS = {
     "smollm3": 2,
     "olmo2": 2,
     "granite": 2,
+    "gemma": 2,
+    "mixtral": 2,
+    "opt": 2,
+    "llama4_text": 1,
+    "qwen3_next": 1,
 }
 
 
 # these know no SDPA in transformers
-_EAGER_ONLY = ("gemma2", "gpt_oss", "mpt", "bloom", "codegen")
+_EAGER_ONLY = ("gemma2", "gpt_oss", "mpt", "bloom", "codegen", "mamba")
 
 
 def build(

@@ -67,9 +67,9 @@ WindowOption = Annotated[int, typer.Option("--window", help="Newest tokens, alwa
 SinksOption = Annotated[int, typer.Option("--sinks", help="First tokens, always read.")]
 PolicyOption = Annotated[str, typer.Option("--policy", help=f"Who chooses: {', '.join(POLICIES)}.")]
 BelowOption = Annotated[
-    int | None,
+    str,
     typer.Option(
-        "--dense-below", help="Contexts shorter than this are read whole. Default: where sparse starts to pay."
+        "--dense-below", help="Contexts shorter than this are read whole; auto: until sparse is measured to be faster."
     ),
 ]
 
@@ -92,7 +92,7 @@ def generate(
     window: WindowOption = _DEFAULTS.attention_window,
     sinks: SinksOption = _DEFAULTS.sink_tokens,
     policy: PolicyOption = _DEFAULTS.policy,
-    dense_below: BelowOption = None,
+    dense_below: BelowOption = str(_DEFAULTS.dense_below),
     dense: Annotated[bool, typer.Option("--dense", help="Read everything: the baseline.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Decode greedily both ways and compare speed, KV bytes read and tokens.")
@@ -111,7 +111,9 @@ def generate(
     text = _prompt(prompt, file)
     if dense and compare:
         raise InputError("--dense and --compare exclude each other: --compare runs dense and sparse")
-    config = AttentionConfig(top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=dense_below)
+    config = AttentionConfig(
+        top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=_below(dense_below)
+    )
     decoder = _load(model, config)
     if compare:
         _show(_compare(decoder, text, False if raw else None, max_new_tokens))
@@ -128,14 +130,14 @@ def generate(
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(help="Length of the document, in tokens.", min=64)] = 6000,
+    tokens: Annotated[int, typer.Option(help="Length of the document, in tokens.", min=64)] = 5900,
     max_new_tokens: TokensOption = 64,
     model: ModelOption = None,
 ) -> None:
     """The main job on a real text: dense and sparse side by side.
 
     The document is Python's language reference, as `pydoc_data.topics` in every Python has it, cut
-    to about 6,000 tokens. The embedded model reads it once, then answers a question about it with
+    to 5,900 tokens. The embedded model reads it once, then answers a question about it with
     dense and with sparse attention.
     """
     from sparse_attention_decoder.measure.demo import QUESTION, document
@@ -166,6 +168,14 @@ def main() -> None:
         handlers=[RichHandler(console=console, show_path=False, show_time=False)],
     )
     app()
+
+
+def _below(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise InputError(f"--dense-below is {text!r}; expected a number of tokens, or auto")
+    return int(text)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

@@ -26,8 +26,9 @@ class AttentionConfig:
         sink_tokens: first tokens always read. 0 or more.
         policy: a name in `tables.POLICIES`: sketch, dense, window, oracle, quest.
         backend: a name in `tables.BACKENDS`, or "auto" for the first that can serve.
-        dense_below: contexts of fewer tokens than this are read whole; None asks the backend
-            from where sparse is worth it.
+        dense_below: contexts of fewer tokens than this are read whole: there a budget is most of
+            them. None stays dense until the backend's sparse step is the faster one as measured,
+            which on PyTorch kernels alone is far out (benchmarks/crossover.py).
     Raises:
         ConfigError: a value that cannot work; the message gives one that would.
     The defaults are the cheapest setting of benchmarks/defaults.md that keeps perplexity
@@ -40,14 +41,16 @@ class AttentionConfig:
     sink_tokens: int = 4
     policy: str = "sketch"
     backend: str = "auto"
-    dense_below: int | None = None
+    dense_below: int | None = 2048
 
     def __post_init__(self) -> None:
         _require_count("top_k", self.top_k, 1, 'to retrieve nothing use policy="window"')
         _require_count("attention_window", self.attention_window, 1, "the current token is part of it")
         _require_count("sink_tokens", self.sink_tokens, 0, "0 keeps no first tokens")
         if self.dense_below is not None:
-            _require_count("dense_below", self.dense_below, 0, "0 never forces dense, None leaves it to the backend")
+            _require_count(
+                "dense_below", self.dense_below, 0, "0 never forces dense, None waits until sparse is faster"
+            )
         if self.threshold is not None:
             if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
                 raise ConfigError(

@@ -3,8 +3,7 @@
 from sparse_attention_decoder.decoder import SparseAttention
 from sparse_attention_decoder.errors import InputError
 
-# the answer stands in the first chapter, some 6,000 tokens before the question
-QUESTION = "What is a convenient way to insert debugging assertions into a program?"
+QUESTION = "What is used for repeated execution as long as an expression is true?"
 
 
 def document(model: SparseAttention, tokens: int) -> str:

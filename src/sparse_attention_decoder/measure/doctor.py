@@ -26,7 +26,7 @@ def facts() -> Iterator[tuple[str, str]]:
     for name, row in BACKENDS.items():
         kernels = load(row)()
         reason = kernels.refuses(Request(device, torch.float32, 64))
-        usable = f"usable; sparse from {kernels.crossover_tokens} tokens on unless told otherwise"
+        usable = f"usable; its sparse step is faster than dense from {kernels.crossover_tokens} tokens on"
         yield f"backend {name}", usable if reason is None else f"not usable: {reason}"
     try:
         yield "default model", str(default_gguf())
