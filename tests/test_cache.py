@@ -174,6 +174,8 @@ OPS = st.lists(
 )
 # truncated below what the statistics were fitted on, and grown back with other keys before anyone looked
 REGROWN = [("append", 24), ("catch up", 1.0), ("truncate", 0.1), ("append", 24)]
+# truncated behind what they were fitted on
+TRIMMED = [("append", 27), ("catch up", 1.0), ("truncate", 28 / 30), ("append", 2)]
 
 
 def run_history(index_for, check, ops, mask: Tensor, dim: int, seed: int, dtype: torch.dtype) -> None:
@@ -221,6 +223,7 @@ def check_sketch(sketch: Sketch, keys: Tensor, rows: Rows, needed: int) -> None:
 @given(OPS, masks(max_rows=2, max_tokens=30), st.sampled_from([6, 8]), SEEDS, st.sampled_from([*FLOATS, torch.float64]))
 @example(REGROWN, torch.ones(2, 3, dtype=torch.bool), 8, 0, torch.float32)
 @example(REGROWN, left_padded(3, 2), 8, 0, torch.float32)
+@example(TRIMMED, torch.ones(2, 3, dtype=torch.bool), 8, 0, torch.float32)
 def test_a_sketch_is_bit_equal_to_a_fresh_one_whatever_happened_before(ops, mask, dim, seed, dtype):
     run_history(new_sketch, check_sketch, ops, mask, dim, seed, dtype)
 

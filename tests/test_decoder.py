@@ -100,10 +100,12 @@ def test_prefill_leaves_the_cache_that_a_forward_leaves(
     model: SparseAttention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sparse_attention_decoder.decoder.PREFILL_CHUNK", 16)
-    ids = prompt(2, 50)
-    chunked, whole = model.prefill(ids), model(ids).past_key_values
-    for one, other in zip(chunked.layers, whole.layers, strict=True):
-        torch.testing.assert_close(one.keys, other.keys, rtol=1e-4, atol=1e-4)
+    for tokens in (50, 49, 48, 17, 16, 1):
+        ids = prompt(2, tokens)
+        chunked, whole = model.prefill(ids), model(ids).past_key_values
+        assert chunked.reads.sparse_steps == 0
+        for one, other in zip(chunked.layers, whole.layers, strict=True):
+            torch.testing.assert_close(one.keys, other.keys, rtol=1e-4, atol=1e-4)
 
 
 def test_trace_names_the_tokens_read_and_their_weights(model: SparseAttention) -> None:

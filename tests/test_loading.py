@@ -388,6 +388,18 @@ def test_a_broken_cache_is_noticed_and_rebuilt(file, cache, conversions, caplog,
     assert len(conversions) == 2
 
 
+def test_a_converted_model_appears_whole_and_in_one_step(file, cache, monkeypatch):
+    steps, replace = {}, os.replace
+
+    def watch(source, target):
+        steps[Path(target)] = (loading._damage(Path(source)), Path(target).exists())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    loading.load(file)
+    assert steps[converted(cache)] == (None, False)
+
+
 def test_an_interrupted_conversion_leaves_nothing(file, cache, monkeypatch):
     def interrupt(source, target):
         (target / "model.safetensors").write_bytes(b"half of it")

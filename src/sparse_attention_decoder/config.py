@@ -31,8 +31,8 @@ class AttentionConfig:
             which on PyTorch kernels alone is far out (benchmarks/crossover.py).
     Raises:
         ConfigError: a value that cannot work; the message gives one that would.
-    The defaults are the cheapest setting of benchmarks/defaults.md that keeps perplexity
-    within 1 % of dense.
+    The defaults keep perplexity within 1 % of dense on every text of benchmarks/defaults.md;
+    docs/experiments.md says what the cheaper settings there lose.
     """
 
     top_k: int = 32

@@ -152,12 +152,16 @@ class SparseAttention(nn.Module):
         self.check_ids(input_ids, 0)
         cache = SparseCache(self.model.config, self.config)
         total = input_ids.shape[1]
-        for start in range(0, total, PREFILL_CHUNK):
-            chunk = input_ids[:, start : start + PREFILL_CHUNK]
+        done = 0
+        while done < total:
+            # a last chunk of one token would be a decode step, and read sparsely: it joins the one before
+            size = total - done if total - done == PREFILL_CHUNK + 1 else PREFILL_CHUNK
+            chunk = input_ids[:, done : done + size]
             # the backbone alone: logits of a prompt are large and nobody reads them
             self.model.base_model(chunk.to(self.model.device), past_key_values=cache, use_cache=True)
+            done += chunk.shape[1]
             if on_progress is not None:
-                on_progress(min(start + PREFILL_CHUNK, total), total)
+                on_progress(done, total)
         return cache
 
     def trace(self, text: str, chat: bool = False) -> Trace:

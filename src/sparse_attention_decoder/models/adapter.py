@@ -18,7 +18,7 @@ from sparse_attention_decoder.attention import decode_step
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import NonFiniteError, UnsupportedError
 from sparse_attention_decoder.models import families
-from sparse_attention_decoder.models.cache import LAYER_TAG, SparseCache, SparseLayer
+from sparse_attention_decoder.models.cache import LAYER_TAG, STOCK_TAG, SparseCache, SparseLayer
 from sparse_attention_decoder.selection import Rows
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ ROWS_TAG = "_sparse_rows"
 _STATE = "_sparse_attention_decoder"
 _PREPARE = "_prepare_cache_for_generation"
 # keyword arguments that change the scores: dropping one in silence would give wrong output
-_MODIFIERS = ("softcap", "s_aux", "position_bias", "block_indices", "indices")
+_MODIFIERS = ("softcap", "s_aux", "position_bias", "block_indices", "indices", "sinks")
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -126,14 +126,17 @@ def sparse_attention_forward(
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} passes {name}, which sparse attention does not support")
     layer: SparseLayer | None = getattr(key, LAYER_TAG, None)
+    # a model may change keys or values behind the cache, as MLA and differential attention do
+    if getattr(value, LAYER_TAG, None) is not layer:
+        layer = None
     rows = None
     if query.shape[2] == 1 and dropout == 0.0:
         if query.requires_grad or key.requires_grad or value.requires_grad:
             _warn_once("decoding under autograd is dense, to have its gradients; decode under torch.no_grad()")
         elif layer is not None:
             rows = _rows(query.shape[0], key.shape[2], attention_mask)
-        elif key.shape[2] > 1 and kwargs.get("sliding_window") is None:
-            _warn_once(f"{type(module).__name__} decodes densely: its keys do not come from a SparseCache")
+        elif key.shape[2] > 1 and not hasattr(key, STOCK_TAG):
+            _warn_once(f"{type(module).__name__} decodes densely: its keys and values do not come from a SparseCache")
     if rows is None or layer is None:
         output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

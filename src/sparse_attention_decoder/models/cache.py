@@ -15,6 +15,8 @@ from sparse_attention_decoder.selection import Reads, Rows
 
 # how the attention function finds the layer behind a key tensor: no globals, safe with many caches and threads
 LAYER_TAG = "_sparse_layer"
+# marks keys of a sliding or chunked layer
+STOCK_TAG = "_stock_layer"
 
 
 class SparseLayer(DynamicLayer):
@@ -49,7 +51,8 @@ class SparseLayer(DynamicLayer):
             # the buffer keeps numbers, not graphs: under autograd the new tokens are handed on as they came
             keys = torch.cat([keys[:, :, :past], key_states], dim=2)
             values = torch.cat([values[:, :, :past], value_states], dim=2)
-        setattr(keys, LAYER_TAG, self)
+        for view in (keys, values):
+            setattr(view, LAYER_TAG, self)
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -125,6 +128,13 @@ class SparseCache(DynamicCache):
             SparseLayer(config) if type(layer) is DynamicLayer else layer for layer in self.layers
         ]
         self.config = config
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Append to one layer; keys of transformers' own layers are marked, for they are dense on purpose."""
+        held = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if not isinstance(self.layers[layer_idx], SparseLayer):
+            setattr(held[0], STOCK_TAG, True)
+        return held
 
     def reconfigured(self, config: AttentionConfig) -> "SparseCache":
         """The same keys and values read another way. Shares memory with this cache: use one at a time.

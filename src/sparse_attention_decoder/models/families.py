@@ -1,5 +1,6 @@
 """Model families that cannot be hooked, or only partly. Ordinary families need no row."""
 
+import inspect
 import logging
 
 from transformers import PreTrainedModel
@@ -34,5 +35,8 @@ def check(model: PreTrainedModel) -> None:
         raise UnsupportedError(f"{name} is an encoder-decoder; sparse decoding needs a decoder-only causal LM")
     if not model.can_generate():
         raise UnsupportedError(f"{type(model).__name__} does not generate text; load the model as a causal LM")
+    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
+    if not takes_cache or not model._supports_default_dynamic_cache():
+        raise UnsupportedError(f"{name} keeps a cache of its own kind; sparse decoding needs one of keys and values")
     if getattr(text, "kv_lora_rank", None):
         logger.warning("%s caches latents (MLA), not keys: its attention stays dense, correct but no faster", name)
