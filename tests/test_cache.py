@@ -169,6 +169,7 @@ OPS = st.lists(
         st.tuples(st.just("catch up"), st.floats(0, 1)),
         st.tuples(st.just("truncate"), st.floats(0, 1)),
         st.tuples(st.just("take rows"), st.lists(st.integers(0, 1), min_size=1, max_size=3)),
+        st.tuples(st.just("mask"), st.floats(0, 1)),
     ),
     max_size=10,
 )
@@ -176,6 +177,8 @@ OPS = st.lists(
 REGROWN = [("append", 24), ("catch up", 1.0), ("truncate", 0.1), ("append", 24)]
 # truncated behind what they were fitted on
 TRIMMED = [("append", 27), ("catch up", 1.0), ("truncate", 28 / 30), ("append", 2)]
+# a row that has ended is masked behind its end only later, when another has grown on
+ENDED = [("append", 27), ("catch up", 1.0), ("mask", 0.5), ("append", 1)]
 
 
 def run_history(index_for, check, ops, mask: Tensor, dim: int, seed: int, dtype: torch.dtype) -> None:
@@ -189,6 +192,9 @@ def run_history(index_for, check, ops, mask: Tensor, dim: int, seed: int, dtype:
             length = max(1, round(how * keys.shape[2]))
             keys, mask = keys[:, :, :length], mask[:, :length]
             index.truncate(length)
+        elif name == "mask":
+            mask = mask.clone()
+            mask[0, round(how * (mask.shape[1] - 1))] ^= True
         elif name == "take rows":
             rows = torch.tensor(how) % len(keys)
             keys, mask = keys[rows], mask[rows]
@@ -224,6 +230,7 @@ def check_sketch(sketch: Sketch, keys: Tensor, rows: Rows, needed: int) -> None:
 @example(REGROWN, torch.ones(2, 3, dtype=torch.bool), 8, 0, torch.float32)
 @example(REGROWN, left_padded(3, 2), 8, 0, torch.float32)
 @example(TRIMMED, torch.ones(2, 3, dtype=torch.bool), 8, 0, torch.float32)
+@example(ENDED, torch.ones(2, 3, dtype=torch.bool), 8, 0, torch.float32)
 def test_a_sketch_is_bit_equal_to_a_fresh_one_whatever_happened_before(ops, mask, dim, seed, dtype):
     run_history(new_sketch, check_sketch, ops, mask, dim, seed, dtype)
 
@@ -335,6 +342,7 @@ def check_bounds(bounds: PageBounds, keys: Tensor, rows: Rows, needed: int) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @given(OPS, masks(max_rows=2), SEEDS)
 @example(REGROWN, torch.ones(2, 3, dtype=torch.bool), 0)
+@example(ENDED, torch.ones(2, 3, dtype=torch.bool), 0)
 def test_page_bounds_are_the_extremes_of_each_page_whatever_happened_before(dtype, ops, mask, seed):
     run_history(PageBounds, check_bounds, ops, mask, 4, seed, dtype)
 

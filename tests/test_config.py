@@ -35,7 +35,7 @@ def test_the_defaults_are_the_documented_ones():
         sink_tokens=4,
         policy="sketch",
         backend="auto",
-        dense_below=None,
+        dense_below=2048,
     )
 
 
@@ -103,7 +103,7 @@ BAD = [
     ("threshold", -0.1, "0 (off) up to below 1, such as 3e-5"),
     ("threshold", "x", "expected a number from 0 to below 1, or None for off"),
     ("threshold", True, "expected a number from 0 to below 1, or None for off"),
-    ("dense_below", -1, "use 0 or more (0 never forces dense, None leaves it to the backend)"),
+    ("dense_below", -1, "use 0 or more (0 never forces dense, None waits until sparse is faster)"),
     ("dense_below", 0.5, "expected a whole number of tokens, 0 or more"),
     ("policy", "flash", "choose one of " + ", ".join(POLICIES)),
     ("policy", None, "choose one of " + ", ".join(POLICIES)),

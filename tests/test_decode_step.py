@@ -151,6 +151,17 @@ def test_every_dtype_is_as_accurate_as_pytorch_on_the_tokens_read(policy, dtype)
     assert_error_within(decoded.output, exact, 2 * worst + torch.finfo(dtype).eps / 8)
 
 
+@pytest.mark.parametrize(("dim", "value_dim"), [(16, 16), (16, 20), (260, 260)])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("mask", [left_padded(30, 30), left_padded(30, 9)], ids=["whole", "padded"])
+def test_dense_attention_is_softmax_over_every_real_token(dim, value_dim, group, mask):
+    query, keys = (randn(n, 2, 2 * group, size, dim, dtype=torch.float64) for n, size in ((0, 1), (1, 30)))
+    keys, values = keys[:, :2], randn(2, 2, 2, 30, value_dim, dtype=torch.float64)
+    decoded = decode_step(query[:, :, 0], layer_with(keys, values, policy="dense"), Rows.from_mask(mask), 0.1)
+    real = [[set(row.nonzero().flatten().tolist())] * 2 for row in mask]
+    assert_error_within(decoded.output, attention_over(query[:, :, 0], keys, values, real, 0.1)[0], 1e-12)
+
+
 # --- refusals
 
 

@@ -193,9 +193,10 @@ def test_decoding_token_by_token_equals_decoding_from_a_prompt(policy, mask):
     layer = layer_with(keys[:, :, :40], values[:, :, :40], policy=policy)
     for length in range(41, 76):
         layer.buffer.append(keys[:, :, length - 1 : length], values[:, :, length - 1 : length])
-        stepwise = decode_step(query, layer, Rows.from_mask(mask[:, :length]), SCALING)
-    at_once, _ = decode(policy, query, keys, values, Rows.from_mask(mask))
-    assert torch.equal(stepwise.output, at_once.output)
+        rows = Rows.from_mask(mask[:, :length])
+        stepwise = decode_step(query, layer, rows, SCALING)
+        at_once, _ = decode(policy, query, keys[:, :, :length], values[:, :, :length], rows)
+        assert torch.equal(stepwise.output, at_once.output)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

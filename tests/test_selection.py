@@ -71,6 +71,23 @@ def test_the_same_rows_answer_for_every_sinks_and_window():
         assert near_ids(rows.regions(1, 2, CPU)) == near_ids(first)
 
 
+@given(masks(), st.lists(st.integers(0, 2), min_size=1, max_size=4))
+def test_rows_taken_equal_rows_of_the_mask_taken(mask, order):
+    order = torch.tensor(order) % len(mask)
+    taken, expected = Rows.from_mask(mask).take(order), Rows.from_mask(mask[order])
+    assert (taken.length, taken.counts) == (expected.length, expected.counts)
+    assert real_tokens(taken) == real_tokens(expected)
+
+
+@given(masks(), st.data())
+def test_the_past_is_the_same_until_the_first_token_that_was_masked_since(mask, data):
+    later = torch.cat([mask, torch.ones(len(mask), 3, dtype=torch.bool)], 1)
+    place = data.draw(st.tuples(*(st.integers(0, size - 1) for size in mask.shape)))
+    later[place] ^= True
+    for length in range(mask.shape[1] + 1):
+        assert Rows.from_mask(later).same_past(Rows.from_mask(mask), length) == (length <= place[1])
+
+
 @pytest.mark.parametrize(
     "mask",
     [torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64), torch.ones(3, dtype=torch.bool), torch.ones(1, 2, 3) > 0],
