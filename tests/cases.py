@@ -1,19 +1,56 @@
 """What the tests of the sparse step share: random tensors, padded batches and slow definitions to compare with."""
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_attention_decoder.attention import LayerState
 from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.kernels import Coded, Kernels, Statistics
+from sparse_attention_decoder.kernels.reference import ReferenceKernels
 from sparse_attention_decoder.selection import Rows, Selection
 
 SEEDS = st.integers(0, 2**31 - 1)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REFERENCE = ReferenceKernels()
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def skewed_keys(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Keys whose channels differ in mean and spread, as real ones do."""
+    spread, mean = randn(seed + 1, shape[-1]).exp(), 3 * randn(seed + 2, shape[-1])
+    return (randn(seed, *shape) * spread + mean).to(dtype)
+
+
+def fit(keys: Tensor, kernels: Kernels = REFERENCE) -> Statistics:
+    """Statistics of keys [B, H, N, D], row by row."""
+    moments = [kernels.fit(row) for row in keys]
+    return Statistics(torch.stack([mean for mean, _ in moments]), torch.stack([spread for _, spread in moments]))
+
+
+def coded(keys: Tensor, statistics: Statistics, kernels: Kernels = REFERENCE) -> Coded:
+    """The sketch of keys [B, H, N, D], with room for no more than the last block takes."""
+    sketch = Coded.room(keys.shape[2], statistics)
+    kernels.encode(keys, sketch, 0)
+    return sketch
+
+
+def token_codes(sketch: Coded, tokens: int) -> Tensor:
+    """[B, H, N, 4 * W] uint8, the bytes of the first N tokens; byte b of token t lies at [t // 16, b // 4, t % 16]."""
+    t, b = torch.arange(tokens).unsqueeze(-1), torch.arange(4 * sketch.codes.shape[3])
+    return sketch.codes[:, :, t // 16, b // 4, t % 16, b % 4]
+
+
+def levels_of(sketch: Coded, dim: int, tokens: int) -> np.ndarray:
+    """Unpack by the documented layout: channel c sits in byte c % 4W of its token, bits 2*(c // 4W)."""
+    packed = token_codes(sketch, tokens).numpy()
+    width = packed.shape[-1]
+    channels = [(packed[..., c % width].astype(int) >> (2 * (c // width))) & 3 for c in range(dim)]
+    return np.stack(channels, axis=-1) - 1.5
 
 
 @st.composite

@@ -1,8 +1,14 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from sparse_attention_decoder.kernels.cpu.library import ISAS, load
+
+# set where the compiled library has to be there: its tests fail without it then, and are skipped otherwise
+REQUIRE_CPU = "SPARSE_ATTENTION_DECODER_REQUIRE_CPU"
 
 # derandomize: a red test is red for everyone; the machines that run these tests are shared, so no deadline
 settings.register_profile("laws", deadline=None, derandomize=True, max_examples=30)
@@ -19,3 +25,16 @@ def poison() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test with each instruction set of the compiled kernels that this machine has."""
+    library = load()
+    if isinstance(library, str):
+        (pytest.fail if os.environ.get(REQUIRE_CPU) else pytest.skip)(library)
+    before = library.sad_isa()
+    if not library.sad_use_isa(request.param.encode()):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    assert library.sad_use_isa(before)

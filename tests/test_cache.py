@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import FLOATS, SEEDS, left_padded, masks, randn
+from cases import FLOATS, REFERENCE, SEEDS, left_padded, masks, randn, token_codes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from sparse_attention_decoder.cache import KVBuffer, Sketch
 from sparse_attention_decoder.cache.sketch import fit_length
 from sparse_attention_decoder.errors import NonFiniteError, ShapeError
+from sparse_attention_decoder.kernels import Kernels
 from sparse_attention_decoder.kernels.reference import ReferenceKernels
 from sparse_attention_decoder.policies.quest import PAGE, PageBounds, page_of
 from sparse_attention_decoder.selection import Rows
@@ -205,24 +206,27 @@ def run_history(index_for, check, ops, mask: Tensor, dim: int, seed: int, dtype:
             check(index, keys, Rows.from_mask(mask), needed)
 
 
-def new_sketch() -> Sketch:
-    return Sketch(ReferenceKernels(), SINKS)
+def new_sketch(kernels: Kernels = REFERENCE) -> Sketch:
+    return Sketch(kernels, SINKS)
 
 
-def sketch_of(keys: Tensor, rows: Rows) -> Sketch:
-    sketch = new_sketch()
+def sketch_of(keys: Tensor, rows: Rows, kernels: Kernels = REFERENCE) -> Sketch:
+    sketch = new_sketch(kernels)
     sketch.catch_up(keys, rows, keys.shape[2])
     return sketch
 
 
-def check_sketch(sketch: Sketch, keys: Tensor, rows: Rows, needed: int) -> None:
-    fresh = sketch_of(keys, rows)
+def check_sketch(sketch: Sketch, keys: Tensor, rows: Rows, needed: int, kernels: Kernels = REFERENCE) -> None:
+    fresh = sketch_of(keys, rows, kernels)
     real = torch.ones(keys.shape[0], needed, dtype=torch.bool) if rows.valid is None else rows.valid[:, :needed]
     assert needed <= sketch.length <= keys.shape[2]
-    assert torch.equal(sketch.statistics.mean, fresh.statistics.mean)
-    assert torch.equal(sketch.statistics.deviation, fresh.statistics.deviation)
-    for ours, theirs in ((sketch.codes, fresh.codes), (sketch.factors, fresh.factors)):
-        assert torch.equal(ours[:, :, :needed].transpose(1, 2)[real], theirs[:, :, :needed].transpose(1, 2)[real])
+    kept, expected = sketch.coded, fresh.coded
+    assert torch.equal(kept.statistics.mean, expected.statistics.mean)
+    assert torch.equal(kept.statistics.deviation, expected.statistics.deviation)
+    codes = token_codes(kept, needed), token_codes(expected, needed)
+    factors = kept.factors[:, :, :needed], expected.factors[:, :, :needed]
+    for ours, theirs in (codes, factors):
+        assert torch.equal(ours.transpose(1, 2)[real], theirs.transpose(1, 2)[real])
 
 
 @settings(max_examples=60)
@@ -240,29 +244,30 @@ def test_a_sketch_is_bit_equal_to_a_fresh_one_whatever_happened_before(ops, mask
 def test_a_padded_row_is_coded_as_it_would_be_alone(counts, seed):
     mask = left_padded(*counts)
     keys = randn(seed, len(counts), 2, max(counts), 8)
-    sketch = sketch_of(keys, Rows.from_mask(mask))
+    length = max(counts)
+    sketch = sketch_of(keys, Rows.from_mask(mask)).coded
     for row, count in enumerate(counts):
-        alone = sketch_of(keys[row : row + 1, :, -count:], Rows.full(1, count))
-        assert torch.equal(sketch.codes[row, :, -count:], alone.codes[0])
-        assert torch.equal(sketch.factors[row, :, -count:], alone.factors[0])
+        alone = sketch_of(keys[row : row + 1, :, -count:], Rows.full(1, count)).coded
+        assert torch.equal(token_codes(sketch, length)[row, :, -count:], token_codes(alone, count)[0])
+        assert torch.equal(sketch.factors[row, :, length - count : length], alone.factors[0, :, :count])
         assert torch.equal(sketch.statistics.mean[row], alone.statistics.mean[0])
         assert torch.equal(sketch.statistics.deviation[row], alone.statistics.deviation[0])
 
 
 def test_sinks_have_no_say_in_the_statistics():
     keys = randn(0, 1, 2, 20, 8)
-    plain = sketch_of(keys, Rows.full(1, 20)).statistics
+    plain = sketch_of(keys, Rows.full(1, 20)).coded.statistics
     keys[:, :, :SINKS] += 1000
-    assert torch.equal(sketch_of(keys, Rows.full(1, 20)).statistics.mean, plain.mean)
+    assert torch.equal(sketch_of(keys, Rows.full(1, 20)).coded.statistics.mean, plain.mean)
 
 
 def test_no_key_is_coded_before_it_is_needed_and_then_all_that_are_held():
     class Counting(ReferenceKernels):
         coded = 0
 
-        def encode(self, keys, statistics):
+        def encode(self, keys, coded, start):
             Counting.coded += keys.shape[2]
-            return super().encode(keys, statistics)
+            super().encode(keys, coded, start)
 
     # 100 to 103 tokens share a fit
     sketch, keys = Sketch(Counting(), SINKS), randn(0, 1, 1, 103, 8)
@@ -273,7 +278,9 @@ def test_no_key_is_coded_before_it_is_needed_and_then_all_that_are_held():
 
 
 def test_a_sketch_says_how_many_bytes_a_token_takes():
-    assert [sketch_of(randn(0, 1, 1, 9, dim), Rows.full(1, 9)).bytes_per_token for dim in (1, 6, 64)] == [3, 4, 18]
+    sketches = [sketch_of(randn(0, 1, 1, 9, dim), Rows.full(1, 9)) for dim in (1, 16, 17, 64)]
+    # two bits a channel in words of 16 channels, and two bytes of factor
+    assert [sketch.coded.bytes_per_token for sketch in sketches] == [6, 6, 10, 18]
 
 
 def test_a_reset_sketch_can_be_used_for_other_shapes():
@@ -321,10 +328,11 @@ def test_a_key_that_is_not_finite_is_refused_when_it_is_appended_later():
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 def test_padding_that_is_not_finite_changes_nothing(bad):
     keys, rows = randn(0, 2, 2, 40, 8), Rows.from_mask(left_padded(40, 25))
-    clean = sketch_of(keys, rows)
+    clean = sketch_of(keys, rows).coded
     keys[1, :, :15] = bad
-    sketch = sketch_of(keys, rows)
-    assert torch.equal(sketch.codes[1, :, 15:], clean.codes[1, :, 15:])
+    sketch = sketch_of(keys, rows).coded
+    assert torch.equal(token_codes(sketch, 40)[1, :, 15:], token_codes(clean, 40)[1, :, 15:])
+    assert torch.equal(sketch.factors[1, :, 15:40], clean.factors[1, :, 15:40])
     assert torch.equal(sketch.statistics.mean, clean.statistics.mean)
 
 

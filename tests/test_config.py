@@ -35,7 +35,7 @@ def test_the_defaults_are_the_documented_ones():
         sink_tokens=4,
         policy="sketch",
         backend="auto",
-        dense_below=2048,
+        dense_below=None,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from cases import token_codes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import BITING, FORCED, FULL, greedy, prompt
@@ -92,10 +93,10 @@ def assert_in_step(layer: SparseLayer, rows: Rows) -> None:
     kept, fresh = layer.state.index, Sketch(layer.state.kernels, layer.state.config.sink_tokens)
     fresh.catch_up(layer.state.buffer.keys, rows, rows.length)
     assert kept.length >= rows.regions(2, 4, torch.device("cpu")).high
-    assert torch.equal(kept.statistics.mean, fresh.statistics.mean)
-    assert torch.equal(kept.statistics.deviation, fresh.statistics.deviation)
-    assert torch.equal(kept.codes, fresh.codes[:, :, : kept.length])
-    assert torch.equal(kept.factors, fresh.factors[:, :, : kept.length])
+    assert torch.equal(kept.coded.statistics.mean, fresh.coded.statistics.mean)
+    assert torch.equal(kept.coded.statistics.deviation, fresh.coded.statistics.deviation)
+    assert torch.equal(token_codes(kept.coded, kept.length), token_codes(fresh.coded, kept.length))
+    assert torch.equal(kept.coded.factors[:, :, : kept.length], fresh.coded.factors[:, :, : kept.length])
 
 
 @pytest.mark.parametrize("config", [FULL, FORCED], ids=["full", "forced"])

@@ -4,47 +4,42 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import FLOATS, SEEDS, assert_error_within, attention_over, randn
+from cases import (
+    FLOATS,
+    REFERENCE,
+    SEEDS,
+    assert_error_within,
+    attention_over,
+    coded,
+    fit,
+    levels_of,
+    masks,
+    randn,
+    skewed_keys,
+    token_codes,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparse_attention_decoder import kernels
 from sparse_attention_decoder.errors import BackendError, ShapeError
-from sparse_attention_decoder.kernels import Request, Statistics, resolve
-from sparse_attention_decoder.kernels.reference import STEP, ReferenceKernels, rotate
-from sparse_attention_decoder.selection import Selection
+from sparse_attention_decoder.kernels import BLOCK, Coded, Request, Statistics, resolve
+from sparse_attention_decoder.kernels.reference import STEP
+from sparse_attention_decoder.kernels.rotation import rotate, rotation_parts
+from sparse_attention_decoder.selection import Rows, Selection
 
 CPU = torch.device("cpu")
 DIMS = (1, 2, 3, 48, 64, 66, 80, 96, 128, 256)
-REFERENCE = ReferenceKernels()
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def fit(keys: Tensor) -> Statistics:
-    """Statistics of keys [B, H, N, D], row by row."""
-    moments = [REFERENCE.fit(row) for row in keys]
-    return Statistics(torch.stack([mean for mean, _ in moments]), torch.stack([spread for _, spread in moments]))
 
 
 def rotation(dim: int) -> np.ndarray:
     """The matrix that `rotate` multiplies columns by."""
     return rotate(torch.eye(dim, dtype=torch.float64)).T.numpy()
-
-
-def skewed_keys(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Keys whose channels differ in mean and spread, as real ones do."""
-    spread, mean = randn(seed + 1, shape[-1]).exp(), 3 * randn(seed + 2, shape[-1])
-    return (randn(seed, *shape) * spread + mean).to(dtype)
-
-
-def levels_of(codes: Tensor, dim: int) -> np.ndarray:
-    """Unpack by the documented layout: channel c sits in byte c % ceil(D/4), bits 2*(c // ceil(D/4))."""
-    packed, width = codes.numpy(), math.ceil(dim / 4)
-    channels = [(packed[..., c % width].astype(int) >> (2 * (c // width))) & 3 for c in range(dim)]
-    return np.stack(channels, axis=-1) - 1.5
 
 
 def standardised(keys: Tensor, statistics: Statistics) -> np.ndarray:
@@ -84,6 +79,17 @@ def test_rotating_keeps_lengths_and_products(dtype):
     assert_error_within(products, (first.double() * second.double()).sum(-1), 1e-12 if dtype == torch.float64 else 1e-4)
 
 
+@pytest.mark.parametrize("dim", DIMS)
+def test_the_parts_of_the_rotation_make_up_its_matrix(dim):
+    scale, signs, cosine = rotation_parts(dim).double().split([1, dim, (dim // (dim & -dim)) ** 2])
+    odd = dim // (dim & -dim)
+    hadamard = np.array([[1.0]])
+    while len(hadamard) < dim & -dim:
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    made = float(scale) * np.kron(cosine.view(odd, odd).numpy(), hadamard) * signs.numpy()
+    np.testing.assert_allclose(made, rotation(dim), rtol=0, atol=1e-6)
+
+
 # --- statistics and codes
 
 
@@ -108,11 +114,12 @@ def test_statistics_of_no_keys_leave_keys_as_they_are(dtype):
 def test_a_code_is_the_nearest_level_of_each_channel(dim):
     keys = skewed_keys(dim, 2, 2, 17, dim, dtype=torch.float64)
     statistics = fit(keys)
-    codes, factors = REFERENCE.encode(keys, statistics)
-    assert (codes.dtype, codes.shape) == (torch.uint8, (2, 2, 17, math.ceil(dim / 4)))
-    assert (factors.dtype, factors.shape) == (torch.float16, (2, 2, 17))
+    sketch = coded(keys, statistics)
+    assert (sketch.codes.dtype, sketch.codes.shape) == (torch.uint8, (2, 2, 2, math.ceil(dim / 16), 16, 4))
+    assert (sketch.factors.dtype, sketch.factors.shape) == (torch.float16, (2, 2, 32))
+    assert sketch.bytes_per_token == 4 * math.ceil(dim / 16) + 2
     distance = np.abs(standardised(keys, statistics)[..., None] - STEP * np.array([-1.5, -0.5, 0.5, 1.5]))
-    np.testing.assert_array_equal(levels_of(codes, dim), distance.argmin(-1) - 1.5)
+    np.testing.assert_array_equal(levels_of(sketch, dim, 17), distance.argmin(-1) - 1.5)
 
 
 def test_the_step_is_the_best_for_a_normal_channel():
@@ -130,16 +137,14 @@ def test_the_step_is_the_best_for_a_normal_channel():
 def test_keys_coded_one_by_one_equal_keys_coded_in_bulk_bit_for_bit(dim, dtype):
     keys = skewed_keys(dim, 2, 2, 20, dim, dtype=dtype)
     statistics = fit(keys)
-    codes, factors = REFERENCE.encode(keys, statistics)
-    for token in range(20):
-        code, factor = REFERENCE.encode(keys[:, :, token : token + 1], statistics)
-        assert torch.equal(code, codes[:, :, token : token + 1])
-        assert torch.equal(factor, factors[:, :, token : token + 1])
+    bulk = coded(keys, statistics)
     one = Statistics(statistics.mean[:1, :1], statistics.deviation[:1, :1])
-    for token in range(20):
-        code, factor = REFERENCE.encode(keys[:1, :1, token : token + 1], one)
-        assert torch.equal(code, codes[:1, :1, token : token + 1])
-        assert torch.equal(factor, factors[:1, :1, token : token + 1])
+    for rows, stats in ((slice(None), statistics), (slice(1), one)):
+        piecewise = Coded.room(20, stats)
+        for token in range(20):
+            REFERENCE.encode(keys[rows, rows, token : token + 1], piecewise, token)
+        assert torch.equal(piecewise.codes, bulk.codes[rows, rows])
+        assert torch.equal(piecewise.factors, bulk.factors[rows, rows])
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -147,19 +152,19 @@ def test_keys_coded_one_by_one_equal_keys_coded_in_bulk_bit_for_bit(dim, dtype):
 def test_the_factor_makes_the_product_of_a_code_with_its_own_key_exact(dim, scale):
     keys = scale * skewed_keys(dim, 2, 2, 25, dim, dtype=torch.float64)
     statistics = fit(keys)
-    codes, factors = REFERENCE.encode(keys, statistics)
+    sketch = coded(keys, statistics)
     z = standardised(keys, statistics)
-    product = (z * levels_of(codes, dim)).sum(-1) * factors.double().numpy()
+    product = (z * levels_of(sketch, dim, 25)).sum(-1) * sketch.factors[:, :, :25].double().numpy()
     # half a unit in the last place of a float16 factor, and as much again below its smallest normal number
     np.testing.assert_allclose(product, (z * z).sum(-1), rtol=2.0**-11, atol=2.0**-24 * 1.5 * np.abs(z).sum(-1).max())
 
 
 def test_a_key_that_is_the_mean_scores_the_mean():
     keys = torch.ones(1, 1, 3, 8) * randn(0, 8)
-    codes, factors = REFERENCE.encode(keys, fit(keys))
-    assert factors.eq(0).all()
+    sketch = coded(keys, fit(keys))
+    assert sketch.factors.eq(0).all()
     query = randn(1, 1, 2, 8)
-    estimate = REFERENCE.score(query, codes, factors, fit(keys), 1.0)
+    estimate = REFERENCE.score(query, sketch, 0, 3, 1.0)
     assert_error_within(estimate, query[:, None] @ keys[:, 0, :, :, None].squeeze(-1).transpose(-1, -2), 1e-5)
 
 
@@ -169,9 +174,29 @@ def test_keys_that_never_varied_do_not_blind_the_codes_of_later_keys(dtype):
     constant, later = randn(0, 1, 1, 1, 64, dtype=dtype), randn(1, 1, 1, 1, 64, dtype=dtype)
     statistics = fit(constant.expand(1, 1, 37, 64))
     query = (later - constant)[:, :, 0]
-    estimate = REFERENCE.score(query, *REFERENCE.encode(later, statistics), statistics, 1.0)
+    estimate = REFERENCE.score(query, coded(later, statistics), 0, 1, 1.0)
     exact = (query.double() * later[:, :, 0].double()).sum(-1)[..., None, None]
     assert_error_within(estimate, exact, 0.01 * float(query.double().square().sum()))
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(0, 20), SEEDS)
+def test_coding_writes_the_tokens_it_is_given_and_no_others(pieces, start, seed):
+    keys = skewed_keys(seed, 2, 2, sum(pieces), 24)
+    statistics = fit(keys)
+    whole, sketch = coded(keys, statistics), Coded.room(start + sum(pieces) + 5, statistics)
+    sketch.codes.fill_(0xA5)
+    sketch.factors.fill_(7.0)
+    at = start
+    for piece in keys.split(pieces, 2):
+        REFERENCE.encode(piece, sketch, at)
+        at += piece.shape[2]
+    room = sketch.factors.shape[2]
+    assert room % BLOCK == 0
+    codes = token_codes(sketch, room)
+    assert torch.equal(codes[:, :, start:at], token_codes(whole, at - start))
+    assert torch.equal(sketch.factors[:, :, start:at], whole.factors[:, :, : at - start])
+    assert torch.cat([codes[:, :, :start], codes[:, :, at:]], 2).eq(0xA5).all()
+    assert torch.cat([sketch.factors[:, :, :start], sketch.factors[:, :, at:]], 2).eq(7).all()
 
 
 # --- scores
@@ -184,17 +209,20 @@ def test_scores_equal_a_loop_over_heads_and_tokens(dim, batch, heads, group, tok
     keys = skewed_keys(seed, batch, heads, tokens, dim, dtype=torch.float64)
     query = randn(seed, batch, heads * group, dim, dtype=torch.float64)
     statistics = fit(skewed_keys(seed, batch, heads, 9, dim, dtype=torch.float64))
-    codes, factors = REFERENCE.encode(keys, statistics)
-    scores = REFERENCE.score(query, codes, factors, statistics, 0.25)
+    sketch = coded(keys, statistics)
+    scores = REFERENCE.score(query, sketch, 0, tokens, 0.25)
     assert (scores.dtype, scores.shape) == (torch.float64, (batch, heads, group, tokens))
 
     rotated = query.numpy() @ rotation(dim).T
-    mean, deviation, level = statistics.mean.numpy(), statistics.deviation.numpy(), levels_of(codes, dim)
+    mean, deviation, level = statistics.mean.numpy(), statistics.deviation.numpy(), levels_of(sketch, dim, tokens)
     for row, head, token in np.ndindex(batch, heads, tokens):
         for member in range(group):
             q = rotated[row, head * group + member]
-            coded = (q * deviation[row, head] * level[row, head, token]).sum()
-            expected = 0.25 * (coded * float(factors[row, head, token]) + q @ mean[row, head])
+            weights = q * deviation[row, head]
+            # eight bits a weight, symmetric: the largest becomes 127
+            step = np.abs(weights).max() / 127
+            product = (np.round(weights / step) * level[row, head, token]).sum() * step
+            expected = 0.25 * (product * float(sketch.factors[row, head, token]) + q @ mean[row, head])
             assert float(scores[row, head, member, token]) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
@@ -202,19 +230,18 @@ def test_scores_equal_a_loop_over_heads_and_tokens(dim, batch, heads, group, tok
 def test_scores_of_every_dtype_are_float32_and_near_those_of_float64(dtype):
     keys, query = skewed_keys(0, 2, 2, 40, 64, dtype=dtype), randn(1, 2, 6, 64, dtype=dtype)
     statistics = fit(keys)
-    codes, factors = REFERENCE.encode(keys, statistics)
-    scores = REFERENCE.score(query, codes, factors, statistics, 0.125)
-    wide = Statistics(statistics.mean.double(), statistics.deviation.double())
+    sketch = coded(keys, statistics)
+    scores = REFERENCE.score(query, sketch, 0, 40, 0.125)
+    wide = Coded(sketch.codes, sketch.factors, Statistics(statistics.mean.double(), statistics.deviation.double()))
     assert scores.dtype == torch.float32
-    exact = REFERENCE.score(query.double(), codes, factors, wide, 0.125)
+    exact = REFERENCE.score(query.double(), wide, 0, 40, 0.125)
     assert_error_within(scores, exact, 1e-5 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("dim", [48, 64, 128, 256])
 def test_scores_follow_the_exact_logits(dim):
     keys, query = randn(dim, 2, 2, 512, dim), randn(dim + 1, 2, 4, dim)
-    statistics = fit(keys)
-    estimate = REFERENCE.score(query, *REFERENCE.encode(keys, statistics), statistics, dim**-0.5)
+    estimate = REFERENCE.score(query, coded(keys, fit(keys)), 0, 512, dim**-0.5)
     tokens = torch.arange(512).expand(2, 2, -1)
     exact = REFERENCE.exact_logits(query, keys, tokens, dim**-0.5)
     for ours, true in zip(estimate.flatten(0, 2), exact.flatten(0, 2), strict=True):
@@ -232,9 +259,9 @@ def test_exact_logits_are_scaled_products_with_the_listed_keys():
 
 def test_query_heads_that_do_not_share_kv_heads_evenly_are_refused():
     query, keys, tokens = randn(0, 1, 3, 4), randn(0, 1, 2, 5, 4), torch.zeros(1, 2, 1, dtype=torch.int64)
-    statistics = fit(keys)
+    sketch = coded(keys, fit(keys))
     calls = [
-        lambda: REFERENCE.score(query, *REFERENCE.encode(keys, statistics), statistics, 1.0),
+        lambda: REFERENCE.score(query, sketch, 0, 5, 1.0),
         lambda: REFERENCE.exact_logits(query, keys, tokens, 1.0),
         lambda: REFERENCE.attend(query, keys, keys, tokens, None, 1.0),
     ]
@@ -331,18 +358,67 @@ def test_views_with_any_strides_give_what_contiguous_tensors_give(dtype):
         assert not any(x.is_contiguous() for x in (keys, values, query, tokens))
         statistics, plain = fit(keys), fit(keys.contiguous())
         assert torch.equal(statistics.mean, plain.mean)
-        coded = REFERENCE.encode(keys, statistics)
-        for ours, theirs in zip(coded, REFERENCE.encode(keys.contiguous(), statistics), strict=True):
-            assert torch.equal(ours, theirs)
+        sketch, same = coded(keys, statistics), coded(keys.contiguous(), statistics)
+        assert torch.equal(sketch.codes, same.codes)
+        assert torch.equal(sketch.factors, same.factors)
         tensors = (query, keys, values, tokens)
         strided = REFERENCE.attend(*tensors, None, 0.2)
         for ours, theirs in zip(strided, REFERENCE.attend(*(x.contiguous() for x in tensors), None, 0.2), strict=True):
             assert torch.equal(ours, theirs)
-        # codes of a longer past, cut to the middle
-        cut = [coded[0][:, :, 4:20], coded[1][:, :, 4:20]]
-        scores = REFERENCE.score(query, *cut, statistics, 0.2)
-        whole = REFERENCE.score(query.contiguous(), *(x.contiguous() for x in cut), statistics, 0.2)
+        # codes within a larger room, cut to the middle
+        wide = Coded(torch.stack([sketch.codes] * 2, 1)[:, 1], torch.stack([sketch.factors] * 2, 1)[:, 1], statistics)
+        assert not wide.codes.is_contiguous()
+        scores = REFERENCE.score(query, wide, 4, 20, 0.2)
+        whole = REFERENCE.score(query.contiguous(), sketch, 0, 33, 0.2)[..., 4:20]
         assert_error_within(scores, whole, 1e-5)
+
+
+# --- attend to all, and the step
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attending_to_all_is_what_transformers_computes_bit_for_bit(dtype, group, padded):
+    keys, values, query = (randn(seed, 2, heads, n, 32, dtype=dtype) for seed, heads, n in
+                           ((0, 2, 41), (1, 2, 41), (2, 2 * group, 1)))  # fmt: skip
+    valid = (torch.arange(41) > torch.tensor([[5], [-1]])) if padded else None
+    module = torch.nn.Module()
+    module.num_key_value_groups = group
+    mask = None if valid is None else valid[:, None, None]
+    expected, _ = sdpa_attention_forward(module, query, keys, values, mask, scaling=0.2, is_causal=False)
+    assert torch.equal(REFERENCE.attend_all(query[:, :, 0], keys, values, valid, 0.2), expected[:, 0])
+
+
+@given(masks(min_tokens=30, max_tokens=50), st.integers(1, 12), st.sampled_from([0.0, 0.01]), SEEDS)
+def test_a_step_is_score_and_select_and_attend(mask, floor, threshold, seed):
+    mask[:, -20:] = True
+    rows, length = Rows.from_mask(mask), mask.shape[1]
+    keys, values = (randn(seed + n, len(mask), 2, length, 8, dtype=torch.float64) for n in range(2))
+    query, regions = randn(seed + 2, len(mask), 6, 8, dtype=torch.float64), rows.regions(2, 5, CPU)
+    sketch = coded(keys, fit(keys))
+    output, lse, selection = REFERENCE.step(query, keys, values, sketch, regions, floor, threshold, 0.3)
+
+    near_valid = None if regions.near_valid is None else regions.near_valid[:, None].expand(-1, 2, -1)
+    near = regions.near[:, None].expand(-1, 2, -1)
+    near_lse = REFERENCE.attend(query, keys, values, near, near_valid, 0.3)[1].unflatten(1, (2, -1))
+    scores = REFERENCE.score(query, sketch, regions.low, regions.high, 0.3)
+    expected = REFERENCE.select(scores, near_lse, regions.low, regions.middle, floor, threshold)
+    assert torch.equal(selection.counts, expected.counts)
+    assert torch.equal(selection.tokens, expected.tokens)
+    read = [
+        [set(own_near[ok].tolist()) | set(tokens[:count].tolist()) for tokens, count in zip(heads, counts, strict=True)]
+        for heads, counts, own_near, ok in zip(
+            selection.tokens,
+            selection.counts.tolist(),
+            regions.near,
+            torch.ones_like(regions.near, dtype=torch.bool) if near_valid is None else regions.near_valid,
+            strict=True,
+        )
+    ]
+    exact, exact_lse = attention_over(query, keys, values, read, 0.3)
+    assert_error_within(output, exact, 1e-12)
+    assert_error_within(lse, exact_lse, 1e-12)
 
 
 # --- select
@@ -363,6 +439,7 @@ def choices(draw: st.DrawFn) -> dict[str, object]:
         "middle": randn(seed + 3, batch, size) < 0.5 if draw(st.booleans()) else None,
         "floor": draw(st.integers(1, 40)),
         "threshold": draw(st.sampled_from([0.0, 0.003, 0.03, 0.3])),
+        "cap": draw(st.sampled_from([None, None, 0, 1, 3, 50])),
     }
 
 
@@ -383,18 +460,21 @@ def chosen_columns(selection: Selection, row: int, head: int, low: int) -> list[
 
 @settings(max_examples=100)
 @given(choices())
-def test_select_takes_the_best_up_to_the_floor_and_all_above_the_threshold(case):
+def test_select_takes_the_best_up_to_the_floor_and_all_above_the_threshold_but_no_more_than_the_cap(case):
     selection, shares = REFERENCE.select(**case), shares_of(case)
+    # what lies behind the counts may be gathered, so it has to be a position
+    assert ((selection.tokens >= case["low"]) & (selection.tokens < case["low"] + shares.shape[-1])).all()
     for row, head in np.ndindex(shares.shape[:2]):
         own = shares[row, head]
         chosen = chosen_columns(selection, row, head, case["low"])
-        assert len(set(chosen)) == len(chosen)
+        assert sorted(set(chosen)) == chosen, "not in the order of the text, or a token twice"
         assert set(chosen) <= set((own >= 0).nonzero().flatten().tolist()), "a masked token or one out of range"
         above = int((own > case["threshold"]).sum()) if case["threshold"] else 0
-        assert len(chosen) == max(min(case["floor"], int((own >= 0).sum())), above)
-        # best first, and by value: tokens of equal share are as good as each other
+        wanted = max(min(case["floor"], int((own >= 0).sum())), above)
+        assert len(chosen) == (wanted if case["cap"] is None else min(wanted, case["cap"]))
+        # by value: two ways to a share may round two equal ones apart
         best = own.sort(descending=True).values[: len(chosen)]
-        assert own[chosen].tolist() == pytest.approx(best.tolist(), abs=1e-12)
+        assert sorted(own[chosen].tolist(), reverse=True) == pytest.approx(best.tolist(), abs=1e-12)
         missing = own.clamp_min(0).sum() - own[chosen].sum()
         assert float(selection.missing_mass[row, head]) == pytest.approx(float(missing), abs=1e-9)
 
@@ -419,11 +499,21 @@ def test_each_row_and_head_gets_its_own_number_of_tokens():
     assert selection.tokens[0, 1, 0] == 0
 
 
-def test_ties_are_broken_without_taking_a_token_twice_or_losing_one():
+def test_of_equal_shares_the_first_in_the_text_are_taken():
     selection = REFERENCE.select(torch.zeros(2, 2, 3, 20), torch.zeros(2, 2, 3), 5, None, 7, 0.0)
     for row, head in np.ndindex(2, 2):
-        assert len(set(chosen_columns(selection, row, head, 5)) & set(range(20))) == 7
+        assert chosen_columns(selection, row, head, 5) == list(range(7))
     assert selection.missing_mass.flatten().tolist() == pytest.approx([13 / 21] * 4, abs=1e-6)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 40), st.none() | st.integers(1, 5), SEEDS)
+def test_tokens_tied_with_the_last_one_are_taken_in_the_order_of_the_text(levels, floor, cap, seed):
+    middle = randn(seed, 1, len(levels)) < 1
+    logits = torch.tensor(levels, dtype=torch.float32).expand(1, 1, 2, -1)
+    selection = REFERENCE.select(logits, torch.zeros(1, 1, 2), 3, middle, floor, 0.0, cap)
+    real = middle[0].nonzero().flatten().tolist()
+    best = sorted(real, key=lambda token: -levels[token])[: floor if cap is None else min(floor, cap)]
+    assert chosen_columns(selection, 0, 0, 3) == sorted(best)
 
 
 def test_one_token_can_be_chosen_from():
@@ -476,10 +566,15 @@ def backends(monkeypatch):
     return rows
 
 
-@pytest.mark.parametrize("name", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
-def test_the_reference_serves_every_floating_dtype(name, dtype):
-    assert resolve(name, Request(CPU, dtype, 64)).name == "reference"
+@pytest.mark.parametrize("dim", [1, 64, 66, 4096])
+def test_the_reference_serves_every_floating_dtype_and_head_size(dtype, dim):
+    assert resolve("reference", Request(CPU, dtype, dim)).name == "reference"
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float64, 64), (torch.float32, 66)], ids=str)
+def test_auto_takes_the_reference_where_no_other_backend_serves(dtype, dim):
+    assert resolve("auto", Request(CPU, dtype, dim)).name == "reference"
 
 
 @pytest.mark.parametrize("name", ["auto", "reference"])

@@ -307,7 +307,7 @@ def test_the_sketch_leaves_unread_only_tokens_whose_estimated_share_is_within_th
     query, keys, values = structured(3)
     decoded, layer = decode("sketch", query, keys, values, top_k=1, threshold=tau)
     sketch, kernels = layer.index, layer.kernels
-    logits = kernels.score(query, sketch.codes, sketch.factors, sketch.statistics, SCALING)[0]
+    logits = kernels.score(query, sketch.coded, 0, 400, SCALING)[0]
     near, middle = near_and_middle(list(range(400)), SINKS, WINDOW)
     exact = kernels.exact_logits(query, keys, torch.tensor(near).expand(1, 2, -1), SCALING)[0]
     shares = torch.cat([exact, logits[..., middle]], -1).softmax(-1)[..., len(near) :].mean(1)

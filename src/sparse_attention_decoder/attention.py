@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_attention_decoder.cache import Index, KVBuffer
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels import Kernels, Request, resolve
+from sparse_attention_decoder.kernels.reference import REFERENCE
 from sparse_attention_decoder.policies import Policy, Step
 from sparse_attention_decoder.policies import resolve as resolve_policy
 from sparse_attention_decoder.selection import Reads, Rows, Selection
+
+# steps remembered before they are added up
+_MOST_NOTES = 256
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class LayerState:
         self.config = config
         self.policy: type[Policy] = resolve_policy(config.policy)
         self.buffer = KVBuffer()
-        self.reads = Reads()
+        self._reads = Reads()
+        self._notes: list[_Note] = []
         self.index: Index | None = None
         self._kernels: Kernels | None = None
 
@@ -47,9 +51,36 @@ class LayerState:
     def kernels(self) -> Kernels:
         """The backend that serves this layer's dtype, device and head size."""
         if self._kernels is None:
-            keys = self.buffer.keys
-            self._kernels = resolve(self.config.backend, Request(keys.device, keys.dtype, keys.shape[-1]))
+            keys, values = self.buffer.keys, self.buffer.values
+            self._kernels = resolve(
+                self.config.backend, Request(keys.device, keys.dtype, keys.shape[-1], values.shape[-1])
+            )
         return self._kernels
+
+    @property
+    def reads(self) -> Reads:
+        """What the decode steps read so far."""
+        self._add_up()
+        return self._reads
+
+    def note(self, rows: Rows, dense: list[bool], selection: Selection | None) -> None:
+        """Remember what a step read."""
+        if selection is None:
+            self._notes.append(_Note(rows.counts, dense))
+        else:
+            self._notes.append(
+                _Note(rows.counts, dense, selection.counts, selection.missing_mass, selection.index_bytes)
+            )
+        if len(self._notes) >= _MOST_NOTES:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        near = self.config.sink_tokens + self.config.attention_window
+        for note in self._notes:
+            keys, values = self.buffer.keys, self.buffer.values
+            token_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+            self._reads.add(note.reads(keys.shape[1], token_bytes, near))
+        self._notes.clear()
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens, in buffer and index."""
@@ -66,7 +97,7 @@ class LayerState:
     def reset(self) -> None:
         """Forget everything."""
         self.buffer.reset()
-        self.reads = Reads()
+        self._reads, self._notes = Reads(), []
         self.index = None
         self._kernels = None
 
@@ -97,57 +128,35 @@ def decode_step(query: Tensor, layer: LayerState, rows: Rows, scaling: float) ->
     _check(query, layer, rows)
     dense = layer.dense_rows(rows)
     if all(dense):
-        layer.reads.add(_count(layer, rows, None, dense))
-        return Decoded(attend_densely(query, layer.buffer, rows, scaling), None, None)
+        layer.note(rows, dense, None)
+        return Decoded(attend_densely(query, layer, rows, scaling), None, None)
 
-    selection = choose(query, layer, rows, scaling)
-    tokens, valid = tokens_read(layer, rows, selection)
-    output, lse = layer.kernels.attend(query, layer.buffer.keys, layer.buffer.values, tokens, valid, scaling)
-    layer.reads.add(_count(layer, rows, selection, dense))
+    step = _prepare(query, layer, rows, scaling)
+    if step.regions.high <= step.regions.low:
+        nothing = Selection.empty(query.shape[0], layer.buffer.keys.shape[1], query.device)
+        output, lse, selection = step.read(nothing)
+    else:
+        output, lse, selection = layer.policy.attend(step)
+    layer.note(rows, dense, selection)
     if any(dense):
         # a mixed batch: short rows get what they would get alone
         whole = torch.tensor(dense, device=query.device)[:, None, None]
-        return Decoded(torch.where(whole, attend_densely(query, layer.buffer, rows, scaling), output), None, selection)
+        return Decoded(torch.where(whole, attend_densely(query, layer, rows, scaling), output), None, selection)
     return Decoded(output, lse, selection)
 
 
-def choose(query: Tensor, layer: LayerState, rows: Rows, scaling: float) -> Selection:
-    """Ask the policy which tokens of the middle to read."""
-    config, buffer = layer.config, layer.buffer
+def attend_densely(query: Tensor, layer: LayerState, rows: Rows, scaling: float) -> Tensor:
+    """Attention [B, Hq, Dv] of queries [B, Hq, D] over the whole cache; within the budget PyTorch's, bit for bit."""
+    kernels = REFERENCE if max(rows.counts) <= layer.config.budget_tokens else layer.kernels
+    return kernels.attend_all(query, layer.buffer.keys, layer.buffer.values, rows.valid, scaling)
+
+
+def _prepare(query: Tensor, layer: LayerState, rows: Rows, scaling: float) -> Step:
+    config = layer.config
     regions = rows.regions(config.sink_tokens, config.attention_window, query.device)
-    if regions.high <= regions.low:
-        return Selection.empty(query.shape[0], buffer.keys.shape[1], query.device)
     if layer.index is None:
         layer.index = layer.policy.new_index(layer.kernels, config)
-    return layer.policy.select(Step(query, buffer, layer.index, rows, regions, scaling, layer.kernels, config))
-
-
-def tokens_read(layer: LayerState, rows: Rows, selection: Selection) -> tuple[Tensor, Tensor | None]:
-    """Positions [B, Hkv, N] of sinks, window and selection, and which of them count (None: all)."""
-    heads = layer.buffer.keys.shape[1]
-    regions = rows.regions(layer.config.sink_tokens, layer.config.attention_window, layer.buffer.keys.device)
-    near = regions.near[:, None].expand(-1, heads, -1)
-    tokens = torch.cat([near, selection.tokens], dim=-1)
-    if regions.near_valid is None and bool((selection.counts == selection.tokens.shape[-1]).all()):
-        return tokens, None
-    near_valid = torch.ones_like(near, dtype=torch.bool)
-    if regions.near_valid is not None:
-        near_valid = regions.near_valid[:, None].expand_as(near)
-    return tokens, torch.cat([near_valid, selection.chosen], dim=-1)
-
-
-def attend_densely(query: Tensor, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
-    """Attention [B, Hq, Dv] of queries [B, Hq, D] over the whole cache, KV heads not repeated."""
-    keys, values = buffer.keys, buffer.values
-    # the two calls transformers makes for one query token, so that the bits are the same
-    if rows.valid is None and keys.shape[-1] == values.shape[-1] <= 256:
-        shared = query.shape[1] != keys.shape[1]
-        return scaled_dot_product_attention(query.unsqueeze(2), keys, values, scale=scaling, enable_gqa=shared).squeeze(
-            2
-        )
-    grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
-    mask = None if rows.valid is None else rows.valid[:, None, None]
-    return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling).flatten(1, 2)
+    return Step(query, layer.buffer, layer.index, rows, regions, scaling, layer.kernels, config)
 
 
 def _check(query: Tensor, layer: LayerState, rows: Rows) -> None:
@@ -162,21 +171,33 @@ def _check(query: Tensor, layer: LayerState, rows: Rows) -> None:
         )
 
 
-def _count(layer: LayerState, rows: Rows, selection: Selection | None, dense: list[bool]) -> Reads:
-    buffer = layer.buffer
-    heads = buffer.keys.shape[1]
-    token_bytes = (buffer.keys.shape[-1] + buffer.values.shape[-1]) * buffer.keys.element_size()
-    cached = sum(rows.counts) * heads
-    reads = Reads(steps=1, tokens_cached=cached, bytes_dense=cached * token_bytes)
-    near = layer.config.sink_tokens + layer.config.attention_window
-    counts = [0] * len(dense) if selection is None else selection.counts.sum(-1).tolist()
-    for count, is_dense, chosen in zip(rows.counts, dense, counts, strict=True):
-        reads.tokens_read += count * heads if is_dense else min(count, near) * heads + int(chosen)
-    reads.bytes_read = reads.tokens_read * token_bytes
-    if selection is not None:
-        reads.sparse_steps = 1
-        reads.index_bytes = selection.index_bytes
-        if selection.missing_mass is not None:
-            sparse = torch.tensor(dense).logical_not().to(selection.missing_mass)
-            reads.missing_mass = float((selection.missing_mass.mean(-1) * sparse).mean())
-    return reads
+@dataclass(frozen=True)
+class _Note:
+    """What one step read, as it came: adding it up would cost as much as a short step, so it waits."""
+
+    counts: tuple[int, ...]
+    dense: list[bool]
+    chosen: Tensor | None = None
+    missing: Tensor | None = None
+    index_bytes: int = 0
+
+    def reads(self, heads: int, token_bytes: int, near: int) -> Reads:
+        chosen = [0] * len(self.dense) if self.chosen is None else self.chosen.sum(-1).tolist()
+        tokens = 0
+        for count, is_dense, own in zip(self.counts, self.dense, chosen, strict=True):
+            tokens += count * heads if is_dense else min(count, near) * heads + int(own)
+        missing = 0.0
+        if self.missing is not None:
+            sparse = torch.tensor(self.dense).logical_not().to(self.missing)
+            missing = float((self.missing.mean(-1) * sparse).mean())
+        cached = sum(self.counts) * heads
+        return Reads(
+            steps=1,
+            sparse_steps=int(self.chosen is not None),
+            tokens_read=tokens,
+            tokens_cached=cached,
+            bytes_read=tokens * token_bytes,
+            index_bytes=self.index_bytes,
+            bytes_dense=cached * token_bytes,
+            missing_mass=missing,
+        )

@@ -26,9 +26,9 @@ class AttentionConfig:
         sink_tokens: first tokens always read. 0 or more.
         policy: a name in `tables.POLICIES`: sketch, dense, window, oracle, quest.
         backend: a name in `tables.BACKENDS`, or "auto" for the first that can serve.
-        dense_below: contexts of fewer tokens than this are read whole: there a budget is most of
-            them. None stays dense until the backend's sparse step is the faster one as measured,
-            which on PyTorch kernels alone is far out (benchmarks/crossover.py).
+        dense_below: contexts of fewer tokens than this are read whole. None is the context from which
+            the backend's sparse step was measured to be the faster one (benchmarks/crossover.py);
+            0 never forces dense.
     Raises:
         ConfigError: a value that cannot work; the message gives one that would.
     The defaults keep perplexity within 1 % of dense on every text of benchmarks/defaults.md;
@@ -41,7 +41,7 @@ class AttentionConfig:
     sink_tokens: int = 4
     policy: str = "sketch"
     backend: str = "auto"
-    dense_below: int | None = 2048
+    dense_below: int | None = None
 
     def __post_init__(self) -> None:
         _require_count("top_k", self.top_k, 1, 'to retrieve nothing use policy="window"')

@@ -27,6 +27,17 @@ class Regions:
     middle: Tensor | None
     middle_counts: tuple[int, ...]
 
+    def with_chosen(self, selection: "Selection") -> tuple[Tensor, Tensor | None]:
+        """Positions [B, Hkv, N] of sinks, window and selection, and which of them count (None: all)."""
+        near = self.near[:, None].expand(-1, selection.tokens.shape[1], -1)
+        tokens = torch.cat([near, selection.tokens], dim=-1)
+        if self.near_valid is None and bool((selection.counts == selection.tokens.shape[-1]).all()):
+            return tokens, None
+        near_valid = torch.ones_like(near, dtype=torch.bool)
+        if self.near_valid is not None:
+            near_valid = self.near_valid[:, None].expand_as(near)
+        return tokens, torch.cat([near_valid, selection.chosen], dim=-1)
+
 
 @dataclass(frozen=True)
 class Rows:

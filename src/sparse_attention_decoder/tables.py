@@ -16,6 +16,7 @@ POLICIES = {
 
 # in the order in which "auto" asks them
 BACKENDS = {
+    "cpu": f"{_HERE}.kernels.cpu:CpuKernels",
     "reference": f"{_HERE}.kernels.reference:ReferenceKernels",
 }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_attention_decoder.attention import Decoded, LayerState, tokens_read
+from sparse_attention_decoder.attention import Decoded, LayerState
 from sparse_attention_decoder.selection import Rows
 
 
@@ -79,7 +79,9 @@ def trace_layer(
         read = torch.arange(length, device=keys.device).expand(batch, heads, -1)
         valid = None
     else:
-        read, valid = tokens_read(state, rows, decoded.selection)
+        config = state.config
+        regions = rows.regions(config.sink_tokens, config.attention_window, keys.device)
+        read, valid = regions.with_chosen(decoded.selection)
     logits = state.kernels.exact_logits(query, keys, read, scaling)
     found = []
     for head in range(heads):

@@ -1,8 +1,8 @@
 """Keys and values of one layer: preallocated, grown by half, read through views."""
 
-import torch
 from torch import Tensor
 
+from sparse_attention_decoder.cache.arena import room
 from sparse_attention_decoder.errors import ShapeError
 
 
@@ -47,8 +47,8 @@ class KVBuffer:
         keys, values = keys.detach(), values.detach()
         self._check_pair(keys, values)
         if self._keys is None or self._values is None:
-            room = keys.shape[2] + keys.shape[2] // 2
-            self._keys, self._values = _allocate(keys, room), _allocate(values, room)
+            tokens = keys.shape[2] + keys.shape[2] // 2
+            self._keys, self._values = _allocate(keys, tokens), _allocate(values, tokens)
         self._check_fits("keys", keys, self._keys)
         self._check_fits("values", values, self._values)
         needed = self.length + keys.shape[2]
@@ -75,8 +75,8 @@ class KVBuffer:
         rows = rows.to(self._keys.device)
         keys, values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         if len(rows) != self._keys.shape[0]:
-            room = self.capacity
-            self._keys, self._values = _allocate(keys, room), _allocate(values, room)
+            tokens = self.capacity
+            self._keys, self._values = _allocate(keys, tokens), _allocate(values, tokens)
         self._keys[:, :, : self.length] = keys
         self._values[:, :, : self.length] = values
 
@@ -116,6 +116,4 @@ class KVBuffer:
 
 def _allocate(like: Tensor, tokens: int) -> Tensor:
     batch, heads, _, dim = like.shape
-    # born under inference mode, a tensor could never be written to outside it
-    with torch.inference_mode(False):
-        return torch.empty(batch, heads, tokens, dim, dtype=like.dtype, device=like.device)
+    return room((batch, heads, tokens, dim), like.dtype, like.device)

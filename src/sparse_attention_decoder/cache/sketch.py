@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.errors import NonFiniteError
-from sparse_attention_decoder.kernels import Kernels, Statistics
+from sparse_attention_decoder.kernels import Coded, Kernels, Statistics
 from sparse_attention_decoder.selection import Rows
 
 
 class Sketch:
-    """Codes uint8 [B, Hkv, T, ceil(D/4)] and factors float16 [B, Hkv, T], kept in step with the keys.
+    """Codes and factors of the first `length` tokens, kept in step with the keys.
 
     Each row's statistics are fitted on its first `fit_length(n)` of n tokens, sinks left out, and
     fitted anew whenever that number changes, that is, whenever the context has grown by a quarter.
@@ -29,33 +29,13 @@ class Sketch:
         self._fitted: list[int] = []
         self._reach: list[int] = []
         self._rows: Rows | None = None
-        self._codes: Tensor | None = None
-        self._factors: Tensor | None = None
-        self._mean: Tensor | None = None
-        self._deviation: Tensor | None = None
+        self._coded: Coded | None = None
 
     @property
-    def codes(self) -> Tensor:
-        """View uint8 [B, Hkv, T, ceil(D/4)]; valid after `catch_up`."""
-        assert self._codes is not None
-        return self._codes[:, :, : self.length]
-
-    @property
-    def factors(self) -> Tensor:
-        """View float16 [B, Hkv, T]; valid after `catch_up`."""
-        assert self._factors is not None
-        return self._factors[:, :, : self.length]
-
-    @property
-    def statistics(self) -> Statistics:
-        """Mean and deviation [B, Hkv, D] in force; valid after `catch_up`."""
-        assert self._mean is not None and self._deviation is not None
-        return Statistics(self._mean, self._deviation)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes one token takes per KV head."""
-        return self.codes.shape[-1] + 2
+    def coded(self) -> Coded:
+        """Codes, factors and statistics; those of the first `length` tokens are valid after `catch_up`."""
+        assert self._coded is not None
+        return self._coded
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -68,7 +48,7 @@ class Sketch:
         Raises:
             NonFiniteError: a key to be coded holds NaN or infinity.
         """
-        if self._codes is None:
+        if self._coded is None:
             self._allocate(keys)
         if self._rows is not None and not rows.same_past(self._rows, max(self._reach)):
             # a token that was fitted on has been masked since, as the padding behind a finished row is
@@ -93,23 +73,23 @@ class Sketch:
     @torch.inference_mode(False)
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` held."""
-        if self._codes is None:
+        if self._coded is None:
             return
-        rows = rows.to(self._codes.device)
+        held = self._coded
+        rows = rows.to(held.codes.device)
         self._fitted = [self._fitted[row] for row in rows.tolist()]
         self._reach = [self._reach[row] for row in rows.tolist()]
         self._rows = None if self._rows is None else self._rows.take(rows)
-        for name in ("_codes", "_factors", "_mean", "_deviation"):
-            setattr(self, name, getattr(self, name).index_select(0, rows))
+        mean, deviation = held.statistics.mean.index_select(0, rows), held.statistics.deviation.index_select(0, rows)
+        self._coded = Coded(
+            held.codes.index_select(0, rows), held.factors.index_select(0, rows), Statistics(mean, deviation)
+        )
 
     def _allocate(self, keys: Tensor) -> None:
         batch, heads, tokens, dim = keys.shape
-        room = tokens + tokens // 2
         work = torch.float64 if keys.dtype == torch.float64 else torch.float32
-        self._codes = torch.empty(batch, heads, room, -(-dim // 4), dtype=torch.uint8, device=keys.device)
-        self._factors = torch.empty(batch, heads, room, dtype=torch.float16, device=keys.device)
-        self._mean = torch.zeros(batch, heads, dim, dtype=work, device=keys.device)
-        self._deviation = torch.ones(batch, heads, dim, dtype=work, device=keys.device)
+        mean = torch.zeros(batch, heads, dim, dtype=work, device=keys.device)
+        self._coded = Coded.room(tokens + tokens // 2, Statistics(mean, torch.ones_like(mean)))
         self._fitted, self._reach = [-1] * batch, [0] * batch
 
     def _fit_row(self, row: int, keys: Tensor, rows: Rows, tokens: int) -> None:
@@ -121,23 +101,21 @@ class Sketch:
             own = keys[row].index_select(1, real[self._sinks : tokens])
         mean, deviation = self._kernels.fit(own)
         _require_finite(mean)
-        self.statistics.mean[row], self.statistics.deviation[row] = mean, deviation
+        statistics = self.coded.statistics
+        statistics.mean[row], statistics.deviation[row] = mean, deviation
         self._fitted[row], self._reach[row] = tokens, reach
 
     def _encode(self, keys: Tensor, rows: Rows) -> None:
-        total = keys.shape[2]
-        codes, factors = self._kernels.encode(keys[:, :, self.length :], self.statistics)
-        new = factors if rows.valid is None else factors.masked_fill(~rows.valid[:, None, self.length :], 0)
-        _require_finite(new)
-        assert self._codes is not None and self._factors is not None
-        if total > self._codes.shape[2]:
-            room = max(total, self._codes.shape[2] + self._codes.shape[2] // 2)
-            self._codes, self._factors = (
-                _grown(self._codes, self.length, room),
-                _grown(self._factors, self.length, room),
-            )
-        self._codes[:, :, self.length : total] = codes
-        self._factors[:, :, self.length : total] = factors
+        total, coded = keys.shape[2], self.coded
+        if total > coded.factors.shape[2]:
+            coded = Coded.room(total + total // 2, coded.statistics)
+            blocks = self.coded.codes.shape[2]
+            coded.codes[:, :, :blocks] = self.coded.codes
+            coded.factors[:, :, : self.coded.factors.shape[2]] = self.coded.factors
+            self._coded = coded
+        self._kernels.encode(keys[:, :, self.length :], coded, self.length)
+        new = coded.factors[:, :, self.length : total]
+        _require_finite(new if rows.valid is None else new.masked_fill(~rows.valid[:, None, self.length :], 0))
         self.length = total
 
 
@@ -149,12 +127,6 @@ def fit_length(tokens: int) -> int:
         fitted = step
         step += step // 4
     return fitted
-
-
-def _grown(held: Tensor, length: int, room: int) -> Tensor:
-    grown = held.new_empty(*held.shape[:2], room, *held.shape[3:])
-    grown[:, :, :length] = held[:, :, :length]
-    return grown
 
 
 def _require_finite(numbers: Tensor) -> None:

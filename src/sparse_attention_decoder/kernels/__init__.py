@@ -4,10 +4,10 @@ import logging
 from functools import cache
 
 from sparse_attention_decoder.errors import BackendError
-from sparse_attention_decoder.kernels.protocol import Kernels, Request, Statistics
+from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Kernels, Request, Statistics
 from sparse_attention_decoder.tables import BACKENDS, load
 
-__all__ = ["Kernels", "Request", "Statistics", "resolve"]
+__all__ = ["BLOCK", "Coded", "Kernels", "Request", "Statistics", "resolve"]
 
 logger = logging.getLogger(__name__)
 

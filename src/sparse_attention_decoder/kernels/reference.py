@@ -4,18 +4,20 @@ The sketch (shared/README names the study; TurboQuant-like rotation, RaBitQ-like
 a key is rotated by a fixed orthogonal matrix, standardised per channel, and each channel kept in
 two bits. Four equally spaced levels -1.5, -0.5, 0.5, 1.5 (times a step that the factor absorbs)
 cover attention as well as the Lloyd-Max levels do (docs/experiments.md) and make the score linear
-in the code, so it is one matrix product over small integers.
+in the code. The query's weights are rounded to eight bits, so a score is an integer dot product that
+every backend gets right to the last bit.
 """
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_attention_decoder.errors import ShapeError
-from sparse_attention_decoder.kernels.protocol import Request, Statistics
-from sparse_attention_decoder.selection import Selection
+from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Request
+from sparse_attention_decoder.kernels.rotation import rotate, work_dtype
+from sparse_attention_decoder.selection import Regions, Selection
 
 # step of the best uniform 2-bit quantiser of a unit normal: cuts at -STEP, 0, STEP
 STEP = 0.9957
@@ -45,54 +47,63 @@ class ReferenceKernels:
         deviation = torch.where(typical > 0, deviation.maximum(0.01 * typical), 1.0)
         return mean.to(rotated.dtype), deviation.to(rotated.dtype)
 
-    def encode(self, keys: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """Two bits a channel and one factor a token.
+    def encode(self, keys: Tensor, coded: Coded, start: int) -> None:
+        """Two bits a channel and one factor a token, written into `coded`.
 
         Args:
             keys: [B, Hkv, N, D], after RoPE.
-            statistics: of the rotated keys, [B, Hkv, D].
-        Returns:
-            codes: uint8 [B, Hkv, N, ceil(D/4)]; channel c sits in byte c % ceil(D/4), bits 2*(c // ceil(D/4)).
-            factors: float16 [B, Hkv, N], |z|^2 / (z . level): makes a code's product with its own key exact.
+            coded: its statistics are of the rotated keys; has room for token start + N - 1.
+            start: where the first of the keys belongs.
+        The factor |z|^2 / (z . level) makes a code's product with its own key exact.
         """
-        z = (rotate(keys) - statistics.mean.unsqueeze(2)) / statistics.deviation.unsqueeze(2)
+        mean, deviation = coded.statistics.mean.unsqueeze(2), coded.statistics.deviation.unsqueeze(2)
+        z = (rotate(keys) - mean) / deviation
         levels = (z >= -STEP).to(torch.uint8) + (z >= 0) + (z >= STEP)
         along = (z * (levels.to(z.dtype) - 1.5)).sum(-1)
         # z = 0 means the key is the mean itself, which a factor of 0 says exactly
         factors = (z.square().sum(-1) / along.clamp_min(1e-20)).clamp_max(_LARGEST_FACTOR)
-        return _pack(levels), factors.to(torch.float16)
+        _write(coded.codes, levels, start)
+        coded.factors[:, :, start : start + keys.shape[2]] = factors
 
-    def score(self, query: Tensor, codes: Tensor, factors: Tensor, statistics: Statistics, scaling: float) -> Tensor:
-        """Estimated logits of coded keys.
+    def score(self, query: Tensor, coded: Coded, low: int, high: int, scaling: float) -> Tensor:
+        """Estimated logits of the coded keys of tokens low .. high - 1.
 
         Args:
             query: [B, Hq, D], after RoPE, not scaled.
-            codes, factors, statistics: as `encode` and `fit` made them.
         Returns:
-            [B, Hkv, G, N], float32 (float64 for float64 queries).
+            [B, Hkv, G, high - low], float32 (float64 for float64 queries).
         Raises:
             ShapeError: Hq is no multiple of Hkv.
-        Cost: reads ceil(D/4) + 2 bytes a token and KV head, and no key.
+        Cost: reads 4 * ceil(D/16) + 2 bytes a token and KV head, and no key.
         """
-        batch, heads, tokens, _ = codes.shape
-        work = _work_dtype(query)
-        rotated = _grouped(query, heads).to(work) @ rotation(query.shape[-1], query.device, work)
+        heads, work, statistics = coded.codes.shape[1], work_dtype(query), coded.statistics
+        rotated = rotate(_grouped(query, heads))
         weights = rotated * statistics.deviation.unsqueeze(2)
+        step = weights.abs().amax(-1, keepdim=True) / 127
+        whole = torch.where(step > 0, weights / step, 0).round()
         # without the mean's share the estimate has no scale across heads: KL 3.3 (algorithm study)
         mean_logit = (rotated * statistics.mean.unsqueeze(2)).sum(-1, keepdim=True)
-        levels = _unpack(codes, query.shape[-1], weights.dtype)
-        along = weights @ levels.transpose(-1, -2) - 1.5 * weights.sum(-1, keepdim=True)
-        return scaling * (along * factors.unsqueeze(2).to(along.dtype) + mean_logit)
+        levels = _read(coded.codes, query.shape[-1], low, high).to(work)
+        along = 2 * (whole @ levels.transpose(-1, -2)) - 3 * whole.sum(-1, keepdim=True)
+        factors = coded.factors[:, :, None, low:high].to(work)
+        return scaling * (along * factors * (step / 2) + mean_logit)
 
     def exact_logits(self, query: Tensor, keys: Tensor, tokens: Tensor, scaling: float) -> Tensor:
         """Logits [B, Hkv, G, N] against the keys at `tokens` [B, Hkv, N], in float32 or float64."""
-        picked = _gather(keys, tokens).to(_work_dtype(query))
+        picked = _gather(keys, tokens).to(work_dtype(query))
         return scaling * (_grouped(query, keys.shape[1]).to(picked.dtype) @ picked.transpose(-1, -2))
 
     def select(
-        self, logits: Tensor, near_lse: Tensor, low: int, middle: Tensor | None, floor: int, threshold: float
+        self,
+        logits: Tensor,
+        near_lse: Tensor,
+        low: int,
+        middle: Tensor | None,
+        floor: int,
+        threshold: float,
+        cap: int | None = None,
     ) -> Selection:
-        """A threshold with a floor, on the group's share of attention.
+        """A threshold with a floor and a cap, on the group's share of attention.
 
         Args:
             logits: [B, Hkv, G, M], estimated, of positions low..low+M-1.
@@ -100,8 +111,10 @@ class ReferenceKernels:
             middle: [B, M] bool, which positions may be chosen; None for all.
             floor: tokens to choose at least, where there are that many.
             threshold: a group share above this is chosen too; 0 turns it off.
+            cap: tokens to choose at most, the best of them; None for no limit.
         Returns:
-            Selection, best tokens first, with the estimated missing mass.
+            Selection, in the order of the text, with the estimated missing mass. Of tokens whose
+            share is equal, the first in the text are taken.
         """
         if middle is not None:
             logits = logits.masked_fill(~middle[:, None, None], -math.inf)
@@ -117,10 +130,13 @@ class ReferenceKernels:
             counts = middle.sum(-1, keepdim=True).clamp_max(floor).expand(share.shape[:2])
         if threshold > 0:
             counts = torch.maximum(counts, (candidates > threshold).sum(-1))
-        best = candidates.topk(int(counts.max()), dim=-1)
-        selection = Selection(best.indices + low, counts)
-        read = (best.values * selection.chosen).sum(-1)
-        return Selection(selection.tokens, counts, (share.sum(-1) - read).clamp_min(0))
+        if cap is not None:
+            counts = counts.clamp_max(cap)
+        best = _first_best(candidates, int(counts.max()))
+        chosen = torch.arange(best.shape[-1], device=best.device) < counts.unsqueeze(-1)
+        read = (share.gather(-1, best) * chosen).sum(-1)
+        tokens = best.masked_fill(~chosen, share.shape[2]).sort(-1).values.masked_fill(~chosen, 0)
+        return Selection(tokens + low, counts, (share.sum(-1) - read).clamp_min(0))
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, valid: Tensor | None, scaling: float
@@ -142,55 +158,56 @@ class ReferenceKernels:
         output = weights @ _gather(values, tokens).to(weights.dtype)
         return output.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 
+    def attend_all(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
+        """Attention [B, Hq, Dv] of queries [B, Hq, D] over all of keys and values, KV heads not repeated.
 
-def rotate(x: Tensor) -> Tensor:
-    """Rotate the last axis: random signs, a Hadamard butterfly, a cosine transform over the odd part of D.
+        Args:
+            valid: bool [B, T], which tokens count; None for all.
+        """
+        # the two calls transformers makes for one query token, so that the bits are the same
+        if valid is None and keys.shape[-1] == values.shape[-1] <= 256:
+            shared = query.shape[1] != keys.shape[1]
+            return scaled_dot_product_attention(
+                query.unsqueeze(2), keys, values, scale=scaling, enable_gqa=shared
+            ).squeeze(2)
+        mask = None if valid is None else valid[:, None, None]
+        return scaled_dot_product_attention(
+            _grouped(query, keys.shape[1]), keys, values, attn_mask=mask, scale=scaling
+        ).flatten(1, 2)
 
-    Returns float32 (float64 for float64). Every element is a chain of single additions in a fixed
-    order, so a vector gets the same bits alone and in a batch: codes of keys appended one by one
-    equal codes of keys appended together. A matrix product would not promise that.
-    """
-    size = x.shape[-1]
-    x = x.to(_work_dtype(x)) * _signs(size, x.device)
-    power = size & -size
-    half = 1
-    while half < power:
-        first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
-        x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
-        half *= 2
-    x = x * power**-0.5
-    if power == size:
-        return x
-    blocks = x.unflatten(-1, (size // power, power))
-    cosine = _cosine(size // power, x.device).to(x.dtype)
-    mixed: Tensor = cosine[:, :1] * blocks[..., :1, :]
-    for part in range(1, size // power):
-        mixed = mixed + cosine[:, part : part + 1] * blocks[..., part : part + 1, :]
-    return mixed.flatten(-2)
+    def step(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        coded: Coded,
+        regions: Regions,
+        floor: int,
+        threshold: float,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor, Selection]:
+        """The sparse step: score the middle, choose from it, attend to sinks, window and what was chosen.
+
+        Args:
+            query: [B, Hq, D]; keys [B, Hkv, T, D]; values [B, Hkv, T, Dv], the new token the last.
+            coded: covers the middle.
+            regions: of the rows; the middle is not empty.
+            floor, threshold: as for `select`.
+        Returns:
+            output [B, Hq, Dv] in the query's dtype, log-sum-exp [B, Hq], and the selection.
+        """
+        logits = self.score(query, coded, regions.low, regions.high, scaling)
+        near = regions.near[:, None].expand(-1, keys.shape[1], -1)
+        near_logits = self.exact_logits(query, keys, near, scaling)
+        if regions.near_valid is not None:
+            near_logits = near_logits.masked_fill(~regions.near_valid[:, None, None], -math.inf)
+        selection = self.select(logits, near_logits.logsumexp(-1), regions.low, regions.middle, floor, threshold)
+        tokens, valid = regions.with_chosen(selection)
+        output, lse = self.attend(query, keys, values, tokens, valid, scaling)
+        return output, lse, selection
 
 
-@lru_cache(maxsize=16)
-def rotation(size: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """`rotate` as a matrix: `x @ rotation(D, ...)`, one product where the last bit does not matter."""
-    return rotate(torch.eye(size, dtype=torch.float64, device=device)).to(dtype)
-
-
-@lru_cache(maxsize=16)
-def _signs(size: int, device: torch.device) -> Tensor:
-    # drawn from a generator of our own: the same on every machine and in every process
-    return (torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(size)) * 2 - 1).to(device)
-
-
-@lru_cache(maxsize=16)
-def _cosine(size: int, device: torch.device) -> Tensor:
-    angles = torch.outer(torch.arange(size), torch.arange(size) + 0.5).double() * math.pi / size
-    cosine = torch.cos(angles) * math.sqrt(2 / size)
-    cosine[0] /= math.sqrt(2)
-    return cosine.to(device)
-
-
-def _work_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+REFERENCE = ReferenceKernels()
 
 
 def _grouped(query: Tensor, kv_heads: int) -> Tensor:
@@ -202,17 +219,30 @@ def _grouped(query: Tensor, kv_heads: int) -> Tensor:
     return query.reshape(batch, kv_heads, heads // kv_heads, dim)
 
 
-def _pack(levels: Tensor) -> Tensor:
-    width = -(-levels.shape[-1] // 4)
+def _write(codes: Tensor, levels: Tensor, start: int) -> None:
+    width = 4 * codes.shape[3]
     padded = torch.nn.functional.pad(levels, (0, 4 * width - levels.shape[-1]))
     first, second, third, fourth = padded.split(width, dim=-1)
-    packed: Tensor = first | (second << 2) | (third << 4) | (fourth << 6)
-    return packed
+    packed = first | (second << 2) | (third << 4) | (fourth << 6)
+    token = torch.arange(start, start + levels.shape[2], device=codes.device)
+    # [B, Hkv, N/16, 16, W, 4], a view
+    codes.transpose(3, 4)[:, :, token // BLOCK, token % BLOCK] = packed.unflatten(-1, (-1, 4))
 
 
-def _unpack(codes: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    planes = torch.cat([codes & 3, (codes >> 2) & 3, (codes >> 4) & 3, codes >> 6], dim=-1)
-    return planes[..., :size].to(dtype)
+def _read(codes: Tensor, size: int, low: int, high: int) -> Tensor:
+    first = low // BLOCK
+    blocks = codes[:, :, first : -(-high // BLOCK)].transpose(3, 4)
+    packed = blocks.flatten(4).flatten(2, 3)[:, :, low - first * BLOCK : high - first * BLOCK]
+    return torch.cat([packed & 3, (packed >> 2) & 3, (packed >> 4) & 3, packed >> 6], dim=-1)[..., :size]
+
+
+def _first_best(values: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest of the last axis; of equal ones the first."""
+    more = values.topk(min(count + 1, values.shape[-1]), dim=-1)
+    if bool((more.values[..., 1:] == more.values[..., :-1]).any()):
+        # topk leaves open which of equal values comes first
+        return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return more.indices[..., :count]
 
 
 def _gather(x: Tensor, tokens: Tensor) -> Tensor:

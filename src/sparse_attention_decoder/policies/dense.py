@@ -4,11 +4,11 @@ from typing import ClassVar
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.kernels import Kernels
-from sparse_attention_decoder.policies.protocol import Step
+from sparse_attention_decoder.policies.protocol import Policy, Step
 from sparse_attention_decoder.selection import Selection
 
 
-class DensePolicy:
+class DensePolicy(Policy):
     """Plain attention over the whole cache, on the best dense path."""
 
     reads_everything: ClassVar[bool] = True

@@ -6,11 +6,11 @@ import torch
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.kernels import Kernels
-from sparse_attention_decoder.policies.protocol import Step
+from sparse_attention_decoder.policies.protocol import Policy, Step
 from sparse_attention_decoder.selection import Selection
 
 
-class OraclePolicy:
+class OraclePolicy(Policy):
     """Exact top-k tokens. Reads every key to choose, so it saves only values: for comparison."""
 
     reads_everything: ClassVar[bool] = False

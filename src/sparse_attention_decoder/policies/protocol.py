@@ -35,6 +35,12 @@ class Step:
         """The threshold in force; 0.0 when it is off."""
         return self.config.threshold or 0.0
 
+    def read(self, selection: Selection) -> tuple[Tensor, Tensor, Selection]:
+        """Attend to sinks, window and what was selected."""
+        tokens, valid = self.regions.with_chosen(selection)
+        output, lse = self.kernels.attend(self.query, self.buffer.keys, self.buffer.values, tokens, valid, self.scaling)
+        return output, lse, selection
+
     def near_lse(self) -> Tensor:
         """[B, Hkv, G], log-sum-exp of the exact logits of sinks and window."""
         keys, near, valid = self.buffer.keys, self.regions.near, self.regions.near_valid
@@ -57,3 +63,8 @@ class Policy(Protocol):
     @staticmethod
     def select(step: Step) -> Selection:
         """The tokens to read beside sinks and window; called only where the middle is not empty."""
+
+    @classmethod
+    def attend(cls, step: Step) -> tuple[Tensor, Tensor, Selection]:
+        """Output [B, Hq, Dv], log-sum-exp [B, Hq] and selection; override where kernels do both in one."""
+        return step.read(cls.select(step))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.kernels import Kernels
-from sparse_attention_decoder.policies.protocol import Step
+from sparse_attention_decoder.policies.protocol import Policy, Step
 from sparse_attention_decoder.selection import Rows, Selection
 
 PAGE = 16
@@ -71,7 +71,7 @@ class PageBounds:
             self.low, self.high = self.low.index_select(0, rows), self.high.index_select(0, rows)
 
 
-class QuestPolicy:
+class QuestPolicy(Policy):
     """Page min/max bounds (Quest, arXiv:2406.10774), pages of 16, top_k tokens as top_k/16 pages.
 
     Bounds become shares of attention as the sketch's scores do (mean over the group's softmax),

@@ -4,11 +4,11 @@ from typing import ClassVar
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.kernels import Kernels
-from sparse_attention_decoder.policies.protocol import Step
+from sparse_attention_decoder.policies.protocol import Policy, Step
 from sparse_attention_decoder.selection import Selection
 
 
-class WindowPolicy:
+class WindowPolicy(Policy):
     """StreamingLLM's pattern (arXiv:2309.17453), with the middle kept but unread."""
 
     reads_everything: ClassVar[bool] = False

@@ -1,0 +1,314 @@
+// score, select, attend, and the step that does all three.
+#include "kernels.h"
+#include "parallel.h"
+#include "sift.h"
+
+extern "C" void* sad_scratch(size_t bytes);
+
+namespace {
+
+// A call on less than this is quicker on one thread than waking a second.
+constexpr int64_t SMALL = 128 << 10;
+inline int64_t threads_for(const sad_call* c, int64_t bytes) { return bytes < SMALL ? 1 : c->threads; }
+inline int64_t element(const sad_call* c) { return c->cache_type == SAD_FLOAT32 ? 4 : 2; }
+
+// logits of one span of a unit, -inf for what is no middle token
+inline void score_span(const sad_call* c, Unit u, const sad_weights* weights, Scores s, int64_t span) {
+  const int words = int(c->dim + 15) / 16;
+  const int64_t first = c->low / BLOCK * BLOCK, from = span * SPAN, to = from + SPAN < s.count ? from + SPAN : s.count;
+  const uint8_t* codes = codes_of(c, u) + (first + from) * (4 * words);
+  const uint16_t* factors = factors_of(c, u) + first + from;
+  const int64_t step = TOGETHER * BLOCK;
+  for (int64_t at = from; at < to; at += step, codes += step * 4 * words, factors += step) {
+    for (int line = 0; line < TOGETHER * words; line++) prefetch(codes + 4096 + 64 * line);
+    score_some(codes, factors, weights, int(c->group), words, (to - at + BLOCK - 1) / BLOCK, s.mass + at, s.stride);
+  }
+  for (int64_t g = 0; g < c->group; g++) {
+    float* mass = s.mass + g * s.stride;
+    for (int64_t i = to; i < from + SPAN; i++) mass[i] = -INFINITY;
+    for (int64_t i = from; i < c->low - first; i++) mass[i] = -INFINITY;
+    if (c->middle)
+      for (int64_t i = from > c->low - first ? from : c->low - first; i < to; i++)
+        if (!c->middle[u.row * (c->high - c->low) + first + i - c->low]) mass[i] = -INFINITY;
+  }
+}
+
+// masses of every span and the attention to near tokens -> the unit's list
+inline void choose_unit(const sad_call* c, Unit u, Work* w) {
+  // without a middle there is nothing before it either
+  const int64_t lead = w->scores.count ? c->low % BLOCK : 0;
+  const float all = share_out(w->scores, c->group, w->near_lse, w->lse);
+  float* share = w->scores.mass;
+  int64_t eligible = w->scores.count - lead;
+  for (int64_t i = 0; i < lead; i++) share[i] = -1;
+  if (c->middle)
+    for (int64_t i = lead; i < w->scores.count; i++)
+      if (!c->middle[u.row * (c->high - c->low) + i - lead]) {
+        share[i] = -1;
+        eligible--;
+      }
+  for (int64_t i = w->scores.count; i < w->scores.padded; i++) share[i] = -1;
+  w->chosen = choose(share, w->scores.padded, eligible, c->floor, c->cap, float(c->threshold), w->room, w->list);
+  float read = 0;
+  for (int64_t i = 0; i < w->chosen; i++) read += share[w->list[i]];
+  c->missing[u.index] = all > read ? all - read : (all == all ? 0 : all);
+}
+
+// the chosen tokens, by position, for this call and for who asked
+inline void hand_out(const sad_call* c, Unit u, Work* w) {
+  c->counts[u.index] = w->chosen;
+  for (int64_t i = 0; i < w->chosen; i++) {
+    w->list[i] += int32_t(c->low / BLOCK * BLOCK);
+    if (c->tokens && i < c->tokens_room) c->tokens[u.index * c->tokens_room + i] = w->list[i];
+  }
+}
+
+template <class T>
+void attend_near(const sad_call* c, Unit u, Work* w) {
+  const Part part = part_at(w->part, c->group);
+  clear(part, c->group, c->value_dim);
+  int64_t at = 0;
+  const int64_t base = u.row * c->near_count;
+  auto next = [&]() -> int64_t {
+    while (c->near_valid && at < c->near_count && !c->near_valid[base + at]) at++;
+    return at < c->near_count ? c->near[base + at++] : -1;
+  };
+  add_tokens(keys_of<T>(c, u), c->key_token, values_of<T>(c, u), c->value_token, next, w->query, int(c->group),
+             int(c->dim), int(c->value_dim), float(c->scaling), part);
+  for (int64_t g = 0; g < c->group; g++)
+    w->near_lse[g] = part.total[g] == 0 ? -INFINITY : part.top[g] + logf(part.total[g]);
+}
+
+// writes the new token of a unit behind those held, and its code
+template <class T>
+void append(const sad_call* c, Unit u) {
+  const int64_t at = c->length - 1;
+  memcpy(const_cast<T*>(keys_of<T>(c, u)) + at * c->key_token, static_cast<const T*>(c->new_key) + u.index * c->dim,
+         c->dim * sizeof(T));
+  memcpy(const_cast<T*>(values_of<T>(c, u)) + at * c->value_token,
+         static_cast<const T*>(c->new_value) + u.index * c->value_dim, c->value_dim * sizeof(T));
+  sad_call own = *c;
+  own.batch = own.kv_heads = own.count = own.threads = 1;
+  own.start = at;
+  own.keys = const_cast<T*>(keys_of<T>(c, u)) + at * c->key_token;
+  own.codes = const_cast<uint8_t*>(codes_of(c, u));
+  own.factors = const_cast<uint16_t*>(factors_of(c, u));
+  own.mean = c->mean + u.index * c->dim;
+  own.deviation = c->deviation + u.index * c->dim;
+  SAD_NAMED(encode)(&own);
+}
+
+// true for the thread that finishes the last item of a unit's phase
+inline bool last(Work* w) { return __atomic_sub_fetch(&w->pending, 1, __ATOMIC_ACQ_REL) == 0; }
+
+template <class T>
+void attend_chosen(const sad_call* c, Unit u, Work* w, int64_t piece, int64_t pieces) {
+  const int64_t size = part_size(c->group, c->value_dim);
+  const Part part = part_at(piece ? w->extra + (piece - 1) * size : w->part, c->group);
+  if (piece) clear(part, c->group, c->value_dim);
+  int64_t at = w->chosen * piece / pieces;
+  const int64_t end = w->chosen * (piece + 1) / pieces;
+  auto next = [&]() -> int64_t { return at < end ? w->list[at++] : -1; };
+  add_tokens(keys_of<T>(c, u), c->key_token, values_of<T>(c, u), c->value_token, next, w->query, int(c->group),
+             int(c->dim), int(c->value_dim), float(c->scaling), part);
+  if (!last(w)) return;
+  // in order, whoever comes last: the result does not depend on which thread that is
+  const Part all = part_at(w->part, c->group);
+  for (int64_t i = 1; i < pieces; i++) merge(all, part_at(w->extra + (i - 1) * size, c->group), c->group, c->value_dim);
+  finish<T>(c, u, all);
+}
+
+template <class T, class Q>
+int step(const sad_call* c) {
+  Scratch scratch = {nullptr, 0};
+  take_work(&scratch, c);
+  scratch = {static_cast<char*>(sad_scratch(scratch.used)), 0};
+  if (!scratch.base) return SAD_NO_MEMORY;
+  Work* work = take_work(&scratch, c);
+
+  const int64_t units = c->batch * c->kv_heads, spans = work[0].scores.padded / SPAN;
+  const int64_t row_bytes = (c->dim + c->value_dim) * element(c);
+  const int64_t scan_bytes = units * (c->near_count * row_bytes + spans * SPAN * c->dim / 4);
+  const int64_t threads = threads_for(c, scan_bytes), together = spans_a_scan(spans), scans = scans_of(spans);
+  const bool sifted = is_sifted(c, work);
+  // before: attend to what is near and, where a sieve is needed, sample the middle
+  const int64_t samples = sifted ? (sample_spans(work) + 7) / 8 : 0, firsts = 1 + (sifted ? samples : scans);
+  for (int64_t i = 0; i < units; i++) {
+    work[i].pending = int32_t(firsts);
+    // before any thread reads the block that the new token's code is in
+    if (c->new_key) append<T>(c, unit_at(c, i));
+    SAD_NAMED(weigh)(c, i, work[i].weights);
+  }
+  each(threads, units * firsts, [&](int64_t item) {
+    const Unit u = unit_at(c, item / firsts);
+    Work* w = work + u.index;
+    const int64_t piece = item % firsts - 1;
+    if (piece < 0) {
+      place_query<T>(query_of<Q>(c, u), c->query_head, c->group, int(c->dim), w->query);
+      attend_near<T>(c, u, w);
+    } else if (sifted) {
+      for (int64_t i = piece * 8; i < (piece + 1) * 8 && i < sample_spans(w); i++) sample_span(c, u, w, i);
+    } else {
+      for (int64_t i = piece * together; i < (piece + 1) * together && i < spans; i++) {
+        score_span(c, u, w->weights, w->scores, i);
+        weigh_span(w->scores, i, c->group);
+      }
+    }
+    if (!last(w)) return;
+    // who finishes a unit goes on with it
+    if (sifted) {
+      set_cuts(c, w);
+      w->pending = int32_t(scans);
+    } else {
+      choose_unit(c, u, w);
+      hand_out(c, u, w);
+    }
+  });
+  each(threads, sifted ? units * scans : 0, [&](int64_t item) {
+    const Unit u = unit_at(c, item / scans);
+    Work* w = work + u.index;
+    sift_piece(c, u, w, item % scans);
+    if (!last(w)) return;
+    finish_sifting(c, u, w);
+    hand_out(c, u, w);
+  });
+  // then: attend to what was chosen
+  int64_t most = 0, chosen = 0;
+  for (int64_t i = 0; i < units; i++) {
+    most = work[i].chosen > most ? work[i].chosen : most;
+    chosen += work[i].chosen;
+  }
+  if (c->tokens)
+    for (int64_t i = 0; i < units; i++)
+      for (int64_t n = work[i].chosen; n < most; n++) c->tokens[i * c->tokens_room + n] = c->low;
+  const int64_t extra = most_extra(most), pieces = 1 + extra;
+  for (int64_t i = 0; i < units; i++) work[i].pending = int32_t(pieces);
+  each(threads_for(c, chosen * row_bytes), units * pieces, [&](int64_t item) {
+    const Unit u = unit_at(c, item / pieces);
+    attend_chosen<T>(c, u, work + u.index, item % pieces, pieces);
+  });
+  return SAD_OK;
+}
+
+int score(const sad_call* c) {
+  Scratch scratch = {nullptr, 0};
+  take_work(&scratch, c);
+  scratch = {static_cast<char*>(sad_scratch(scratch.used)), 0};
+  if (!scratch.base) return SAD_NO_MEMORY;
+  Work* work = take_work(&scratch, c);
+  const int64_t units = c->batch * c->kv_heads, spans = work[0].scores.padded / SPAN, count = c->high - c->low;
+  for (int64_t i = 0; i < units; i++) SAD_NAMED(weigh)(c, i, work[i].weights);
+  each(threads_for(c, units * count * c->dim / 4), units * spans, [&](int64_t item) {
+    const Unit u = unit_at(c, item / spans);
+    const Scores s = work[u.index].scores;
+    const int64_t span = item % spans, lead = c->low % BLOCK;
+    score_span(c, u, work[u.index].weights, s, span);
+    const int64_t from = span == 0 ? lead : span * SPAN, to = (span + 1) * SPAN < s.count ? (span + 1) * SPAN : s.count;
+    for (int64_t g = 0; g < c->group; g++)
+      if (to > from)
+        memcpy(c->logits + (u.index * c->group + g) * count + from - lead, s.mass + g * s.stride + from,
+               size_t(to - from) * sizeof(float));
+  });
+  return SAD_OK;
+}
+
+int select(const sad_call* c) {
+  Scratch scratch = {nullptr, 0};
+  take_work(&scratch, c);
+  scratch = {static_cast<char*>(sad_scratch(scratch.used)), 0};
+  if (!scratch.base) return SAD_NO_MEMORY;
+  Work* work = take_work(&scratch, c);
+  const int64_t units = c->batch * c->kv_heads, count = c->high - c->low, lead = c->low % BLOCK;
+  each(threads_for(c, units * c->group * count * 4), units, [&](int64_t i) {
+    const Unit u = unit_at(c, i);
+    Work* w = work + i;
+    const Scores s = w->scores;
+    for (int64_t g = 0; g < c->group; g++) {
+      float* mass = s.mass + g * s.stride;
+      for (int64_t t = 0; t < s.padded; t++) {
+        const bool counts = t >= lead && t < s.count && (!c->middle || c->middle[u.row * count + t - lead]);
+        mass[t] = counts ? c->logits[(i * c->group + g) * count + t - lead] : -INFINITY;
+      }
+      w->near_lse[g] = c->near_lse[i * c->group + g];
+    }
+    for (int64_t span = 0; span < s.padded / SPAN; span++) weigh_span(s, span, c->group);
+    choose_unit(c, u, w);
+    hand_out(c, u, w);
+    for (int64_t n = w->chosen; n < c->tokens_room; n++) c->tokens[i * c->tokens_room + n] = c->low;
+  });
+  return SAD_OK;
+}
+
+// all tokens, or those listed, cut into items of a fixed size
+template <class T, class Q>
+int attend(const sad_call* c) {
+  const int64_t units = c->batch * c->kv_heads, size = part_size(c->group, c->value_dim);
+  const int64_t count = c->tokens ? c->tokens_room : c->length, step = c->tokens ? LISTED : DENSE;
+  const int64_t pieces = count > step ? (count + step - 1) / step : 1;
+  const int64_t bytes = units * (c->group * lanes(c->dim) * 4 + pieces * size * 4 + 128) + units * 64;
+  Scratch scratch = {static_cast<char*>(sad_scratch(size_t(bytes))), 0};
+  if (!scratch.base) return SAD_NO_MEMORY;
+  float* queries = scratch.take<float>(units * c->group * lanes(c->dim));
+  float* parts = scratch.take<float>(units * pieces * size);
+  int32_t* pending = scratch.take<int32_t>(units);
+  for (int64_t i = 0; i < units; i++) {
+    pending[i] = int32_t(pieces);
+    place_query<T>(query_of<Q>(c, unit_at(c, i)), c->query_head, c->group, int(c->dim),
+                   queries + i * c->group * lanes(c->dim));
+  }
+  const int64_t read = units * count * (c->dim + c->value_dim) * element(c);
+  each(threads_for(c, read), units * pieces, [&](int64_t item) {
+    const Unit u = unit_at(c, item / pieces);
+    const int64_t piece = item % pieces, to = (piece + 1) * step < count ? (piece + 1) * step : count;
+    const Part part = part_at(parts + item * size, c->group);
+    clear(part, c->group, c->value_dim);
+    int64_t at = piece * step;
+    const uint8_t* valid = c->tokens ? (c->tokens_valid ? c->tokens_valid + u.index * count : nullptr)
+                                     : (c->middle ? c->middle + u.row * count : nullptr);
+    const int64_t* listed = c->tokens ? c->tokens + u.index * count : nullptr;
+    auto next = [&]() -> int64_t {
+      while (valid && at < to && !valid[at]) at++;
+      return at < to ? (listed ? listed[at++] : at++) : -1;
+    };
+    add_tokens(keys_of<T>(c, u), c->key_token, values_of<T>(c, u), c->value_token, next,
+               queries + u.index * c->group * lanes(c->dim), int(c->group), int(c->dim), int(c->value_dim),
+               float(c->scaling), part);
+    if (__atomic_sub_fetch(pending + u.index, 1, __ATOMIC_ACQ_REL) != 0) return;
+    const Part all = part_at(parts + u.index * pieces * size, c->group);
+    for (int64_t i = 1; i < pieces; i++)
+      merge(all, part_at(parts + (u.index * pieces + i) * size, c->group), c->group, c->value_dim);
+    finish<T>(c, u, all);
+  });
+  return SAD_OK;
+}
+
+int read_all(const sad_call* c) {
+  const int64_t piece = 1 << 16, pieces = (c->count + piece - 1) / piece;
+  uint64_t all = 0;
+  each(c->threads, pieces, [&](int64_t item) {
+    I four[4] = {};
+    const int64_t to = (item + 1) * piece < c->count ? (item + 1) * piece : c->count;
+    for (int64_t at = item * piece; at + int64_t(sizeof four) <= to; at += sizeof four) {
+      I next[4];
+      memcpy(next, c->codes + at, sizeof next);
+      for (int i = 0; i < 4; i++) four[i] ^= next[i];
+    }
+    const I mixed = four[0] ^ four[1] ^ four[2] ^ four[3];
+    for (int i = 0; i < NW; i++) __atomic_xor_fetch(&all, uint64_t(uint32_t(mixed[i])), __ATOMIC_RELAXED);
+  });
+  c->counts[0] = int64_t(all);
+  return SAD_OK;
+}
+
+#define SAD_BY_TYPE(op)                                                                  \
+  if (c->cache_type == SAD_FLOAT32 && c->query_type == SAD_FLOAT32) return op<float, float>(c);  \
+  if (c->cache_type == SAD_BFLOAT16 && c->query_type == SAD_BFLOAT16) return op<bf16, bf16>(c); \
+  return op<f16, f16>(c);
+
+}  // namespace
+
+int SAD_NAMED(score)(const sad_call* c) { return score(c); }
+int SAD_NAMED(select)(const sad_call* c) { return select(c); }
+int SAD_NAMED(attend)(const sad_call* c) { SAD_BY_TYPE(attend) }
+int SAD_NAMED(step)(const sad_call* c) { SAD_BY_TYPE(step) }
+int SAD_NAMED(read)(const sad_call* c) { return read_all(c); }

@@ -1,0 +1,106 @@
+// The C ABI of the CPU kernels: one struct of plain numbers and pointers, one function per operation.
+//
+// src/sparse_attention_decoder/kernels/reference.py defines what each operation computes; the
+// layouts are those of its docstrings. Strides count elements, the last axis is contiguous.
+#ifndef SPARSE_DECODE_H
+#define SPARSE_DECODE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum sad_dtype { SAD_FLOAT32 = 0, SAD_BFLOAT16 = 1, SAD_FLOAT16 = 2 };
+
+
+// what an operation answers
+enum sad_status { SAD_OK = 0, SAD_NO_MEMORY = 1 };
+
+// Every operation reads the fields it needs; kernels/cpu/library.py fills them in this order.
+typedef struct {
+  // sizes: B, Hkv, G = Hq / Hkv, D, Dv, and how many threads may work
+  int64_t batch, kv_heads, group, dim, value_dim, threads;
+  // dtypes, see sad_dtype
+  int64_t cache_type, query_type;
+  // query [B, Hq, D]; output [B, Hq, Dv] in the query's dtype and lse [B, Hq] float32, both contiguous
+  const void* query;
+  int64_t query_row, query_head;
+  void* output;
+  float* lse;
+  // keys [B, Hkv, T, D], values [B, Hkv, T, Dv] of `length` tokens
+  void* keys;
+  int64_t key_row, key_head, key_token;
+  void* values;
+  int64_t value_row, value_head, value_token;
+  int64_t length;
+  // the token to append, [B, Hkv, D] and [B, Hkv, Dv] contiguous, or null
+  const void* new_key;
+  const void* new_value;
+  // codes [B, Hkv, N/16, W, 16, 4] uint8 and factors [B, Hkv, N] float16; token `start` is the next to be coded
+  uint8_t* codes;
+  int64_t code_row, code_head;
+  uint16_t* factors;
+  int64_t factor_row, factor_head;
+  int64_t start, count;
+  // statistics [B, Hkv, D] float32, contiguous
+  float* mean;
+  float* deviation;
+  // rotation of D channels: scale, D signs, (D / power)^2 cosines, power being the largest of two in D
+  const float* rotation;
+  // tokens to read: [B, near_count] int64 that every head reads, which of them count (or null)
+  const int64_t* near;
+  const uint8_t* near_valid;
+  int64_t near_count;
+  // the middle: positions low .. high - 1; [B, high - low], which of them count (or null)
+  int64_t low, high;
+  const uint8_t* middle;
+  // select: tokens at least, tokens at most, group share above which a token is taken (0: off)
+  int64_t floor, cap;
+  double threshold, scaling;
+  // logits [B, Hkv, G, high - low] float32 and near_lse [B, Hkv, G] float32: score writes, select reads
+  float* logits;
+  const float* near_lse;
+  // chosen tokens [B, Hkv, tokens_room] int64, counts [B, Hkv] int64, missing mass [B, Hkv] float32
+  int64_t* tokens;
+  int64_t tokens_room;
+  int64_t* counts;
+  float* missing;
+  // attend: which of `tokens` count [B, Hkv, tokens_room], or null for all
+  const uint8_t* tokens_valid;
+} sad_call;
+
+// torch_parallel_for of libtorch_cpu: runs work(begin, end, context) on torch's own threads
+typedef int32_t (*sad_parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*work)(int64_t, int64_t, void*),
+                                    void* context);
+
+#pragma GCC visibility push(default)
+
+void sad_use_threads(sad_parallel_for parallel_for);
+// the name of the instruction set in use: avx512, avx2 or portable
+const char* sad_isa(void);
+// force one; 1 where this machine and build have it
+int sad_use_isa(const char* name);
+int64_t sad_call_size(void);
+
+// moments of the rotated keys of one row: keys of row 0, tokens 0 .. count - 1 -> mean, deviation [Hkv, D]
+int sad_fit(const sad_call* call);
+// keys [B, Hkv, count, D] -> codes and factors of tokens start .. start + count - 1
+int sad_encode(const sad_call* call);
+// query, codes -> logits
+int sad_score(const sad_call* call);
+// logits, near_lse -> tokens, counts, missing
+int sad_select(const sad_call* call);
+// query, keys and values at tokens -> output, lse; tokens null: all of `length`, middle marking those that count
+int sad_attend(const sad_call* call);
+// append (where there is a new token), score, select and attend in one call
+int sad_step(const sad_call* call);
+// reads `count` bytes of `codes` in order, their XOR into counts[0]: the bandwidth that a scan is measured against
+int sad_read(const sad_call* call);
+
+#pragma GCC visibility pop
+
+#ifdef __cplusplus
+}
+#endif
+#endif

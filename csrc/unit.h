@@ -1,0 +1,134 @@
+// A unit is one row and one KV head: where its tensors lie, and its scratch.
+#ifndef SAD_UNIT_H
+#define SAD_UNIT_H
+
+#include "choose.h"
+#include "softmax.h"
+
+namespace {
+
+// tokens attended by one work item; fixed, so that results do not depend on the number of threads
+constexpr int64_t LISTED = 256, DENSE = 512;
+
+struct Unit {
+  int64_t row, head, index;
+};
+inline Unit unit_at(const sad_call* c, int64_t index) {
+  return {index / c->kv_heads, index % c->kv_heads, index};
+}
+
+template <class T>
+const T* keys_of(const sad_call* c, Unit u) {
+  return static_cast<const T*>(c->keys) + u.row * c->key_row + u.head * c->key_head;
+}
+template <class T>
+const T* values_of(const sad_call* c, Unit u) {
+  return static_cast<const T*>(c->values) + u.row * c->value_row + u.head * c->value_head;
+}
+template <class Q>
+const Q* query_of(const sad_call* c, Unit u) {
+  return static_cast<const Q*>(c->query) + u.row * c->query_row + u.head * c->group * c->query_head;
+}
+inline const uint8_t* codes_of(const sad_call* c, Unit u) { return c->codes + u.row * c->code_row + u.head * c->code_head; }
+inline const uint16_t* factors_of(const sad_call* c, Unit u) {
+  return c->factors + u.row * c->factor_row + u.head * c->factor_head;
+}
+
+// What a call needs beside its tensors: one block of the calling thread's, cut into pieces. Without a block it measures.
+struct Scratch {
+  char* base;
+  int64_t used;
+
+  template <class X>
+  X* take(int64_t count) {
+    X* taken = base ? reinterpret_cast<X*>(base + used) : nullptr;
+    used += (count * int64_t(sizeof(X)) + 63) / 64 * 64;
+    return taken;
+  }
+};
+
+// spans are scored a piece at a time: pieces of 1024 tokens, in long contexts 16 of them
+inline int64_t spans_a_scan(int64_t spans) { return spans > 64 ? (spans + 15) / 16 : 4; }
+inline int64_t scans_of(int64_t spans) { return (spans + spans_a_scan(spans) - 1) / spans_a_scan(spans); }
+
+// What a long middle is sifted with, see sift.h.
+struct Sieve {
+  float* cut;        // [G] a token is a candidate if the logit of any head reaches its cut
+  float* bulk;       // [scans][G] e^(logit - cut) of the sampled tokens that are none
+  int64_t* found;    // [scans] candidates
+  int32_t* candidate;  // their tokens, piece by piece
+};
+
+// scratch of one unit of score, select or step
+struct Work {
+  sad_weights* weights;  // [G]
+  float* query;      // [G][lanes(D)]
+  float* part;       // attention to the near tokens, then to all that are read
+  float* extra;      // parts of the pieces beyond the first
+  float *near_lse, *lse;  // [G], of the near tokens and of all
+  Sieve sieve;
+  Scores scores;
+  float* room;        // [padded + 16]
+  int32_t* list;      // [padded + 16], chosen tokens relative to the first scored block
+  int64_t chosen;
+  int32_t pending;  // items of the running phase that are not done
+};
+
+// pieces into which the attention to a unit's chosen tokens is cut, beyond the first
+inline int64_t most_extra(int64_t tokens) { return tokens / LISTED < 15 ? tokens / LISTED : 15; }
+
+inline Work* take_work(Scratch* s, const sad_call* c) {
+  const int64_t count = c->high > c->low ? c->high - c->low / BLOCK * BLOCK : 0;
+  const int64_t padded = (count + SPAN - 1) / SPAN * SPAN, spans = padded / SPAN;
+  Work* work = s->take<Work>(c->batch * c->kv_heads);
+  for (int64_t i = 0; i < c->batch * c->kv_heads; i++) {
+    Work w = {};
+    w.weights = s->take<sad_weights>(c->group);
+    w.query = s->take<float>(c->group * lanes(c->dim));
+    w.part = s->take<float>(part_size(c->group, c->value_dim));
+    w.extra = s->take<float>(most_extra(padded) * part_size(c->group, c->value_dim));
+    w.near_lse = s->take<float>(c->group);
+    w.lse = s->take<float>(c->group);
+    w.sieve = {s->take<float>(c->group), s->take<float>(scans_of(spans) * c->group), s->take<int64_t>(scans_of(spans)),
+               s->take<int32_t>(padded + 16)};
+    w.scores = {count, padded, padded, s->take<float>(c->group * padded), s->take<float>(spans * c->group),
+                s->take<float>(spans * c->group)};
+    w.room = s->take<float>(padded + 16);
+    w.list = s->take<int32_t>(padded + 16);
+    if (s->base) work[i] = w;
+  }
+  return work;
+}
+
+template <class T>
+void finish(const sad_call* c, Unit u, Part part) {
+  const int64_t width = lanes(c->value_dim);
+  for (int64_t g = 0; g < c->group; g++) {
+    const int64_t head = u.index * c->group + g;
+    const float total = part.total[g], share = total == 0 ? 0 : 1 / total;
+    c->lse[head] = total == 0 ? -INFINITY : part.top[g] + logf(total);
+    for (int i = 0; i < c->value_dim; i++) {
+      const float x = part.values[g * width + i / PAIR * PAIR + place<T>(i % PAIR)] * share;
+      const int64_t at = head * c->value_dim + i;
+      if (c->query_type == SAD_FLOAT32) narrow(x, static_cast<float*>(c->output) + at);
+      if (c->query_type == SAD_BFLOAT16) narrow(x, static_cast<bf16*>(c->output) + at);
+      if (c->query_type == SAD_FLOAT16) narrow(x, static_cast<f16*>(c->output) + at);
+    }
+  }
+}
+
+// adds the second part to the first
+inline void merge(Part into, Part from, int64_t group, int64_t value_dim) {
+  const int64_t width = lanes(value_dim);
+  for (int64_t g = 0; g < group; g++) {
+    const float top = from.top[g] > into.top[g] ? from.top[g] : into.top[g], base = top == -INFINITY ? 0 : top;
+    const float keep = expf(into.top[g] - base), add = expf(from.top[g] - base);
+    into.top[g] = top;
+    into.total[g] = into.total[g] * keep + from.total[g] * add;
+    for (int64_t i = g * width; i < (g + 1) * width; i += NW)
+      store(into.values + i, load(into.values + i) * keep + load(from.values + i) * add);
+  }
+}
+
+}  // namespace
+#endif
