@@ -18,16 +18,23 @@ struct Scores {
   float *top, *total;
 };
 
-// logits -> e^(logit - top) for one span of every head
-inline void weigh_span(Scores s, int64_t span, int64_t group) {
+// the largest logit of one head, of `count` tokens from `from` on
+inline float top_logit(Scores s, int64_t g, int64_t from, int64_t count) {
+  F most = splat(-INFINITY);
+  for (int64_t i = from; i < from + count; i += NW) {
+    const F x = load(s.mass + g * s.stride + i);
+    most = x > most ? x : most;
+  }
+  const float top = largest(most);
+  return top == -INFINITY ? 0 : top;
+}
+
+// Logits -> e^(logit - top) for one span of every head, with tops given or the span's own. With the
+// span's own, equal logits of different spans may come out as shares that differ in the last place.
+inline void weigh_span(Scores s, int64_t span, int64_t group, const float* tops = nullptr) {
   for (int64_t g = 0; g < group; g++) {
     float* mass = s.mass + g * s.stride + span * SPAN;
-    F most = splat(-INFINITY);
-    for (int64_t i = 0; i < SPAN; i += NW) {
-      const F x = load(mass + i);
-      most = x > most ? x : most;
-    }
-    const float top = largest(most), base = top == -INFINITY ? 0 : top;
+    const float base = tops ? tops[g] : top_logit(s, g, span * SPAN, SPAN);
     F total = F{};
     for (int64_t i = 0; i < SPAN; i += NW) {
       const F weight = exp(load(mass + i) - base);
@@ -135,7 +142,7 @@ inline int64_t choose(const float* share, int64_t padded, int64_t eligible, int6
     // strictly above the threshold: from the next float on
     above = list_from(share, padded, ++least, list);
   }
-  if (cap > 0 && cap < (above > wanted ? above : wanted)) {
+  if (cap >= 0 && cap < (above > wanted ? above : wanted)) {
     wanted = cap;
   } else if (above >= wanted) {
     return above;

@@ -1,27 +1,20 @@
 // score, select, attend, and the step that does all three.
 #include "kernels.h"
 #include "parallel.h"
+#include "attend.h"
 #include "sift.h"
-
-extern "C" void* sad_scratch(size_t bytes);
 
 namespace {
 
-// A call on less than this is quicker on one thread than waking a second.
-constexpr int64_t SMALL = 128 << 10;
-inline int64_t threads_for(const sad_call* c, int64_t bytes) { return bytes < SMALL ? 1 : c->threads; }
-inline int64_t element(const sad_call* c) { return c->cache_type == SAD_FLOAT32 ? 4 : 2; }
-
 // logits of one span of a unit, -inf for what is no middle token
 inline void score_span(const sad_call* c, Unit u, const sad_weights* weights, Scores s, int64_t span) {
-  const int words = int(c->dim + 15) / 16;
+  const Stream stream = middle_of(c, u);
   const int64_t first = c->low / BLOCK * BLOCK, from = span * SPAN, to = from + SPAN < s.count ? from + SPAN : s.count;
-  const uint8_t* codes = codes_of(c, u) + (first + from) * (4 * words);
-  const uint16_t* factors = factors_of(c, u) + first + from;
-  const int64_t step = TOGETHER * BLOCK;
-  for (int64_t at = from; at < to; at += step, codes += step * 4 * words, factors += step) {
-    for (int line = 0; line < TOGETHER * words; line++) prefetch(codes + 4096 + 64 * line);
-    score_some(codes, factors, weights, int(c->group), words, (to - at + BLOCK - 1) / BLOCK, s.mass + at, s.stride);
+  for (int64_t at = from; at < to; at += TOGETHER * BLOCK) {
+    const int64_t block = at / BLOCK;
+    for (int line = 0; line < TOGETHER * stream.words; line++) prefetch(stream.block(block) + 4096 + 64 * line);
+    score_some(stream.block(block), stream.factor(block), weights, int(c->group), stream.words,
+               (to - at + BLOCK - 1) / BLOCK, s.mass + at, s.stride);
   }
   for (int64_t g = 0; g < c->group; g++) {
     float* mass = s.mass + g * s.stride;
@@ -63,22 +56,6 @@ inline void hand_out(const sad_call* c, Unit u, Work* w) {
   }
 }
 
-template <class T>
-void attend_near(const sad_call* c, Unit u, Work* w) {
-  const Part part = part_at(w->part, c->group);
-  clear(part, c->group, c->value_dim);
-  int64_t at = 0;
-  const int64_t base = u.row * c->near_count;
-  auto next = [&]() -> int64_t {
-    while (c->near_valid && at < c->near_count && !c->near_valid[base + at]) at++;
-    return at < c->near_count ? c->near[base + at++] : -1;
-  };
-  add_tokens(keys_of<T>(c, u), c->key_token, values_of<T>(c, u), c->value_token, next, w->query, int(c->group),
-             int(c->dim), int(c->value_dim), float(c->scaling), part);
-  for (int64_t g = 0; g < c->group; g++)
-    w->near_lse[g] = part.total[g] == 0 ? -INFINITY : part.top[g] + logf(part.total[g]);
-}
-
 // writes the new token of a unit behind those held, and its code
 template <class T>
 void append(const sad_call* c, Unit u) {
@@ -96,26 +73,6 @@ void append(const sad_call* c, Unit u) {
   own.mean = c->mean + u.index * c->dim;
   own.deviation = c->deviation + u.index * c->dim;
   SAD_NAMED(encode)(&own);
-}
-
-// true for the thread that finishes the last item of a unit's phase
-inline bool last(Work* w) { return __atomic_sub_fetch(&w->pending, 1, __ATOMIC_ACQ_REL) == 0; }
-
-template <class T>
-void attend_chosen(const sad_call* c, Unit u, Work* w, int64_t piece, int64_t pieces) {
-  const int64_t size = part_size(c->group, c->value_dim);
-  const Part part = part_at(piece ? w->extra + (piece - 1) * size : w->part, c->group);
-  if (piece) clear(part, c->group, c->value_dim);
-  int64_t at = w->chosen * piece / pieces;
-  const int64_t end = w->chosen * (piece + 1) / pieces;
-  auto next = [&]() -> int64_t { return at < end ? w->list[at++] : -1; };
-  add_tokens(keys_of<T>(c, u), c->key_token, values_of<T>(c, u), c->value_token, next, w->query, int(c->group),
-             int(c->dim), int(c->value_dim), float(c->scaling), part);
-  if (!last(w)) return;
-  // in order, whoever comes last: the result does not depend on which thread that is
-  const Part all = part_at(w->part, c->group);
-  for (int64_t i = 1; i < pieces; i++) merge(all, part_at(w->extra + (i - 1) * size, c->group), c->group, c->value_dim);
-  finish<T>(c, u, all);
 }
 
 template <class T, class Q>
@@ -191,23 +148,27 @@ int step(const sad_call* c) {
 }
 
 int score(const sad_call* c) {
-  Scratch scratch = {nullptr, 0};
-  take_work(&scratch, c);
-  scratch = {static_cast<char*>(sad_scratch(scratch.used)), 0};
-  if (!scratch.base) return SAD_NO_MEMORY;
-  Work* work = take_work(&scratch, c);
-  const int64_t units = c->batch * c->kv_heads, spans = work[0].scores.padded / SPAN, count = c->high - c->low;
-  for (int64_t i = 0; i < units; i++) SAD_NAMED(weigh)(c, i, work[i].weights);
-  each(threads_for(c, units * count * c->dim / 4), units * spans, [&](int64_t item) {
-    const Unit u = unit_at(c, item / spans);
-    const Scores s = work[u.index].scores;
-    const int64_t span = item % spans, lead = c->low % BLOCK;
-    score_span(c, u, work[u.index].weights, s, span);
-    const int64_t from = span == 0 ? lead : span * SPAN, to = (span + 1) * SPAN < s.count ? (span + 1) * SPAN : s.count;
-    for (int64_t g = 0; g < c->group; g++)
-      if (to > from)
-        memcpy(c->logits + (u.index * c->group + g) * count + from - lead, s.mass + g * s.stride + from,
-               size_t(to - from) * sizeof(float));
+  const int64_t units = c->batch * c->kv_heads, count = c->high - c->low, lead = c->low % BLOCK;
+  sad_weights* weights = static_cast<sad_weights*>(sad_scratch(size_t(units * c->group) * sizeof(sad_weights)));
+  if (!weights) return SAD_NO_MEMORY;
+  for (int64_t i = 0; i < units; i++) SAD_NAMED(weigh)(c, i, weights + i * c->group);
+  const int64_t piece = 4096, pieces = (lead + count + piece - 1) / piece, tokens = TOGETHER * BLOCK;
+  each(threads_for(c, units * count * c->dim / 4), units * pieces, [&](int64_t item) {
+    const Unit u = unit_at(c, item / pieces);
+    const Stream stream = middle_of(c, u);
+    const int64_t from = item % pieces * piece, end = lead + count, to = from + piece < end ? from + piece : end;
+    float* logits = c->logits + u.index * c->group * count - lead;
+    for (int64_t at = from; at < to; at += tokens) {
+      const bool whole = at >= lead && at + tokens <= to;
+      float some[SAD_MOST_GROUP * TOGETHER * BLOCK];
+      for (int line = 0; line < TOGETHER * stream.words; line++) prefetch(stream.block(at / BLOCK) + 4096 + 64 * line);
+      score_some(stream.block(at / BLOCK), stream.factor(at / BLOCK), weights + u.index * c->group, int(c->group),
+                 stream.words, (to - at + BLOCK - 1) / BLOCK, whole ? logits + at : some, whole ? count : tokens);
+      // the first and the last tokens of a block may not be asked for
+      for (int64_t g = 0; !whole && g < c->group; g++)
+        for (int64_t t = at < lead ? lead : at; t < at + tokens && t < to; t++)
+          logits[g * count + t] = some[g * tokens + t - at];
+    }
   });
   return SAD_OK;
 }
@@ -231,53 +192,11 @@ int select(const sad_call* c) {
       }
       w->near_lse[g] = c->near_lse[i * c->group + g];
     }
-    for (int64_t span = 0; span < s.padded / SPAN; span++) weigh_span(s, span, c->group);
+    for (int64_t g = 0; g < c->group; g++) w->lse[g] = top_logit(s, g, 0, s.padded);
+    for (int64_t span = 0; span < s.padded / SPAN; span++) weigh_span(s, span, c->group, w->lse);
     choose_unit(c, u, w);
     hand_out(c, u, w);
     for (int64_t n = w->chosen; n < c->tokens_room; n++) c->tokens[i * c->tokens_room + n] = c->low;
-  });
-  return SAD_OK;
-}
-
-// all tokens, or those listed, cut into items of a fixed size
-template <class T, class Q>
-int attend(const sad_call* c) {
-  const int64_t units = c->batch * c->kv_heads, size = part_size(c->group, c->value_dim);
-  const int64_t count = c->tokens ? c->tokens_room : c->length, step = c->tokens ? LISTED : DENSE;
-  const int64_t pieces = count > step ? (count + step - 1) / step : 1;
-  const int64_t bytes = units * (c->group * lanes(c->dim) * 4 + pieces * size * 4 + 128) + units * 64;
-  Scratch scratch = {static_cast<char*>(sad_scratch(size_t(bytes))), 0};
-  if (!scratch.base) return SAD_NO_MEMORY;
-  float* queries = scratch.take<float>(units * c->group * lanes(c->dim));
-  float* parts = scratch.take<float>(units * pieces * size);
-  int32_t* pending = scratch.take<int32_t>(units);
-  for (int64_t i = 0; i < units; i++) {
-    pending[i] = int32_t(pieces);
-    place_query<T>(query_of<Q>(c, unit_at(c, i)), c->query_head, c->group, int(c->dim),
-                   queries + i * c->group * lanes(c->dim));
-  }
-  const int64_t read = units * count * (c->dim + c->value_dim) * element(c);
-  each(threads_for(c, read), units * pieces, [&](int64_t item) {
-    const Unit u = unit_at(c, item / pieces);
-    const int64_t piece = item % pieces, to = (piece + 1) * step < count ? (piece + 1) * step : count;
-    const Part part = part_at(parts + item * size, c->group);
-    clear(part, c->group, c->value_dim);
-    int64_t at = piece * step;
-    const uint8_t* valid = c->tokens ? (c->tokens_valid ? c->tokens_valid + u.index * count : nullptr)
-                                     : (c->middle ? c->middle + u.row * count : nullptr);
-    const int64_t* listed = c->tokens ? c->tokens + u.index * count : nullptr;
-    auto next = [&]() -> int64_t {
-      while (valid && at < to && !valid[at]) at++;
-      return at < to ? (listed ? listed[at++] : at++) : -1;
-    };
-    add_tokens(keys_of<T>(c, u), c->key_token, values_of<T>(c, u), c->value_token, next,
-               queries + u.index * c->group * lanes(c->dim), int(c->group), int(c->dim), int(c->value_dim),
-               float(c->scaling), part);
-    if (__atomic_sub_fetch(pending + u.index, 1, __ATOMIC_ACQ_REL) != 0) return;
-    const Part all = part_at(parts + u.index * pieces * size, c->group);
-    for (int64_t i = 1; i < pieces; i++)
-      merge(all, part_at(parts + (u.index * pieces + i) * size, c->group), c->group, c->value_dim);
-    finish<T>(c, u, all);
   });
   return SAD_OK;
 }

@@ -22,20 +22,6 @@ inline bool is_sifted(const sad_call* c, const Work* w) { return !c->middle && w
 inline int64_t samples_of(const Work* w) { return (w->scores.count / BLOCK - OFFSET - 1) / SAMPLED + 1; }
 inline int64_t sample_spans(const Work* w) { return (samples_of(w) * BLOCK + SPAN - 1) / SPAN; }
 
-struct Stream {
-  const uint8_t* codes;
-  const uint16_t* factors;
-  int words;
-
-  const uint8_t* block(int64_t index) const { return codes + index * (BLOCK * 4 * words); }
-  const uint16_t* factor(int64_t index) const { return factors + index * BLOCK; }
-};
-inline Stream middle_of(const sad_call* c, Unit u) {
-  const int words = int(c->dim + 15) / 16;
-  const int64_t first = c->low / BLOCK * BLOCK;
-  return {codes_of(c, u) + first * 4 * words, factors_of(c, u) + first, words};
-}
-
 // masses of one span of sampled blocks
 inline void sample_span(const sad_call* c, Unit u, Work* w, int64_t span) {
   const Stream stream = middle_of(c, u);

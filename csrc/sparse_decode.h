@@ -55,7 +55,7 @@ typedef struct {
   // the middle: positions low .. high - 1; [B, high - low], which of them count (or null)
   int64_t low, high;
   const uint8_t* middle;
-  // select: tokens at least, tokens at most, group share above which a token is taken (0: off)
+  // select: tokens at least, tokens at most (negative: any number), group share above which a token is taken (0: off)
   int64_t floor, cap;
   double threshold, scaling;
   // logits [B, Hkv, G, high - low] float32 and near_lse [B, Hkv, G] float32: score writes, select reads

@@ -34,6 +34,21 @@ inline const uint16_t* factors_of(const sad_call* c, Unit u) {
   return c->factors + u.row * c->factor_row + u.head * c->factor_head;
 }
 
+// the codes of a unit's middle, block by block from the first that holds a middle token
+struct Stream {
+  const uint8_t* codes;
+  const uint16_t* factors;
+  int words;
+
+  const uint8_t* block(int64_t index) const { return codes + index * (BLOCK * 4 * words); }
+  const uint16_t* factor(int64_t index) const { return factors + index * BLOCK; }
+};
+inline Stream middle_of(const sad_call* c, Unit u) {
+  const int words = int(c->dim + 15) / 16;
+  const int64_t first = c->low / BLOCK * BLOCK;
+  return {codes_of(c, u) + first * 4 * words, factors_of(c, u) + first, words};
+}
+
 // What a call needs beside its tensors: one block of the calling thread's, cut into pieces. Without a block it measures.
 struct Scratch {
   char* base;

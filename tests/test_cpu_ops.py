@@ -97,7 +97,21 @@ def calls() -> dict[str, tuple[object, ...]]:
     }
 
 
-@pytest.mark.parametrize("name", list(calls()))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encode",
+        "score",
+        "select",
+        "select with a cap",
+        "attend",
+        "attend without marks",
+        "attend_all",
+        "attend_all without a mask",
+        "step",
+        "step without a middle",
+    ],
+)
 def test_every_torch_op_keeps_the_contract_of_its_schema(name):
     torch.library.opcheck(getattr(OPS, name.split()[0]), calls()[name])
 
@@ -277,7 +291,9 @@ def test_a_padded_batch_decodes_as_with_the_reference(dtype, policy):
         for layer in layers:
             layer.buffer.append(*(x.unsqueeze(2) for x in new))
         ours, theirs = (decode_step(query, layer, Rows.from_mask(mask), 24**-0.5) for layer in layers)
-        assert_error_within(ours.output, theirs.output, 8 * torch.finfo(dtype).eps)
+        # what rounds is the output, and before it the logits
+        largest = 24**-0.5 * float(query.float().norm(dim=-1).max() * layers[0].buffer.keys.float().norm(dim=-1).max())
+        assert_error_within(ours.output, theirs.output, 4 * torch.finfo(dtype).eps + 2.0**-22 * largest)
         if ours.selection is not None:
             assert torch.equal(ours.selection.counts, theirs.selection.counts)
     assert layers[0].reads.tokens_read == layers[1].reads.tokens_read

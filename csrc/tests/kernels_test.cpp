@@ -94,7 +94,7 @@ void check_choice(const Case& c, const sad_call& call) {
       surely += counts(t) && share[t] > call.threshold * 1.0001 + 1e-30;
       maybe += counts(t) && share[t] > call.threshold * 0.9999;
     }
-    const int64_t wanted = std::min(call.floor, eligible), most = call.cap > 0 ? call.cap : width;
+    const int64_t wanted = std::min(call.floor, eligible), most = call.cap >= 0 ? call.cap : width;
     const int64_t found = c.counts.data[unit];
     expect(found >= std::min(std::max(wanted, surely), most), "choice: too few");
     expect(found <= std::min(std::max(wanted, maybe), most), "choice: too many");

@@ -141,7 +141,7 @@ struct Case {
     call.factor_row = HEADS * call.factor_head, call.mean = mean.data, call.deviation = deviation.data;
     call.near = near.data, call.near_count = beside, call.low = low, call.high = high;
     call.logits = logits.data, call.near_lse = near_lse.data, call.tokens = tokens.data;
-    call.tokens_room = high - low, call.counts = counts.data, call.missing = missing.data;
+    call.cap = -1, call.tokens_room = high - low, call.counts = counts.data, call.missing = missing.data;
   }
   int64_t blocks() const { return (length + 15) / 16; }
   // what rounding may do to an output

@@ -92,7 +92,7 @@ def generate(
     window: WindowOption = _DEFAULTS.attention_window,
     sinks: SinksOption = _DEFAULTS.sink_tokens,
     policy: PolicyOption = _DEFAULTS.policy,
-    dense_below: BelowOption = str(_DEFAULTS.dense_below),
+    dense_below: BelowOption = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Read everything: the baseline.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Decode greedily both ways and compare speed, KV bytes read and tokens.")

@@ -18,7 +18,7 @@ def resolve(name: str, request: Request) -> Kernels:
     Raises:
         BackendError: the named backend refuses (its reason is in the message), or none serves.
     """
-    reasons = []
+    reasons: list[str] = []
     for candidate, row in BACKENDS.items():
         if name not in ("auto", candidate):
             continue
@@ -26,12 +26,15 @@ def resolve(name: str, request: Request) -> Kernels:
         reason = kernels.refuses(request)
         if reason is None:
             if name == "auto":
-                _say_once(candidate, request)
+                _say_once(candidate, request, "; ".join(reasons))
             return kernels
         reasons.append(f"{candidate}: {reason}")
     raise BackendError(f"backend {name!r} cannot serve {request}: {'; '.join(reasons) or 'no such backend'}")
 
 
 @cache
-def _say_once(name: str, request: Request) -> None:
-    logger.info("backend auto took %s for %s %s, head_dim %d", name, request.device, request.dtype, request.head_dim)
+def _say_once(name: str, request: Request, refused: str) -> None:
+    why = f" ({refused})" if refused else ""
+    logger.info(
+        "backend auto took %s for %s %s, head_dim %d%s", name, request.device, request.dtype, request.head_dim, why
+    )

@@ -10,6 +10,7 @@ import torch
 from sparse_attention_decoder import __version__
 from sparse_attention_decoder.errors import ModelLoadError
 from sparse_attention_decoder.kernels import Request
+from sparse_attention_decoder.kernels.cpu import isa
 from sparse_attention_decoder.models.loading import cache_directory, default_gguf
 from sparse_attention_decoder.tables import BACKENDS, load
 
@@ -27,7 +28,8 @@ def facts() -> Iterator[tuple[str, str]]:
         kernels = load(row)()
         reason = kernels.refuses(Request(device, torch.float32, 64))
         usable = f"usable; its sparse step is faster than dense from {kernels.crossover_tokens} tokens on"
-        yield f"backend {name}", usable if reason is None else f"not usable: {reason}"
+        detail = f"{isa()}; " if reason is None and name == "cpu" else ""
+        yield f"backend {name}", detail + usable if reason is None else f"not usable: {reason}"
     try:
         yield "default model", str(default_gguf())
     except ModelLoadError as error:

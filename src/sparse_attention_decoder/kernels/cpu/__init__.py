@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 import sparse_attention_decoder.kernels.cpu.operations as operations
+from sparse_attention_decoder.kernels.cpu.checks import MOST_DIM, serves
 from sparse_attention_decoder.kernels.cpu.library import DTYPES, isa, load
 from sparse_attention_decoder.kernels.cpu.ops import NAMESPACE
 from sparse_attention_decoder.kernels.protocol import Coded, Request
@@ -11,8 +12,6 @@ from sparse_attention_decoder.kernels.reference import ReferenceKernels
 from sparse_attention_decoder.selection import Regions, Selection
 
 __all__ = ["NAMESPACE", "CpuKernels", "isa"]
-
-MOST_DIM = 1024
 
 
 class CpuKernels(ReferenceKernels):
@@ -29,7 +28,7 @@ class CpuKernels(ReferenceKernels):
         if request.dtype not in DTYPES:
             return f"dtype {request.dtype} is none of float32, bfloat16, float16"
         for dim in (request.head_dim, request.value_dim or request.head_dim):
-            if dim % 8 or not 0 < dim <= MOST_DIM:
+            if not serves(dim):
                 return f"head_dim {dim} is no multiple of 8 up to {MOST_DIM}"
         library = load()
         return library if isinstance(library, str) else None

@@ -81,7 +81,14 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @cache
 def load() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none."""
+    """The library, or the reason why there is none, which is logged once."""
+    library = _open()
+    if isinstance(library, str):
+        logger.warning("decoding on a CPU takes PyTorch kernels, which are slower: %s", library)
+    return library
+
+
+def _open() -> ctypes.CDLL | str:
     path = Path(__file__).with_name("libsparse_decode.so")
     if not path.exists():
         return "its kernels were not compiled when the package was installed (a wheel has them, or install a compiler)"

@@ -6,17 +6,23 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.errors import ShapeError
+from sparse_attention_decoder.kernels.cpu.checks import (
+    check_cache,
+    check_keys,
+    check_query,
+    check_regions,
+    check_shape,
+    checked_sketch,
+)
 from sparse_attention_decoder.kernels.cpu.library import DTYPES, call
 from sparse_attention_decoder.kernels.protocol import Coded
 from sparse_attention_decoder.kernels.rotation import rotation_parts
 from sparse_attention_decoder.selection import Regions
 
 
-MOST_GROUP = 256
-
-
 def fit(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation [Hkv, D] of one row's keys [Hkv, N, D] after rotation; N may be 0."""
+    check_keys(keys, 3)
     heads, tokens, dim = keys.shape
     keys = _rows(keys)
     mean, deviation = torch.empty(heads, dim), torch.empty(heads, dim)
@@ -29,23 +35,29 @@ def fit(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def encode(keys: Tensor, coded: Coded, start: int) -> None:
     """Code keys [B, Hkv, N, D] into tokens start .. start + N - 1."""
+    check_keys(keys, 4)
+    coded = checked_sketch(coded, keys.shape[0], keys.shape[1], keys.shape[3])
     if start < 0 or start + keys.shape[2] > coded.factors.shape[2]:
         raise ShapeError(
             f"tokens {start} to {start + keys.shape[2]} do not fit a sketch of {coded.factors.shape[2]} tokens"
         )
-    _check_sketch(coded, keys.shape[0], keys.shape[1], keys.shape[3])
     keys = _rows(keys)
     call("sad_encode", _cache(keys, None), _sketch(coded), start=start, count=keys.shape[2])
 
 
-def score(query: Tensor, coded: Coded, low: int, high: int, scaling: float) -> Tensor:
-    """Estimated logits [B, Hkv, G, high - low] of queries [B, Hq, D] against coded keys."""
+def score(query: Tensor, coded: Coded, low: int, high: int, scaling: float, out: Tensor | None = None) -> Tensor:
+    """Estimated logits [B, Hkv, G, high - low] of queries [B, Hq, D] against coded keys.
+
+    out: a contiguous float32 tensor to write them to: fresh memory costs more than a scan.
+    """
     heads = coded.codes.shape[1]
     query = _query_rows(query, heads)
-    _check_sketch(coded, query.shape[0], heads, query.shape[2])
+    coded = checked_sketch(coded, query.shape[0], heads, query.shape[2])
     if not 0 <= low <= high <= coded.factors.shape[2]:
         raise ShapeError(f"tokens {low} to {high} are not all within a sketch of {coded.factors.shape[2]} tokens")
-    logits = torch.empty(query.shape[0], heads, query.shape[1] // heads, high - low)
+    shape = (query.shape[0], heads, query.shape[1] // heads, high - low)
+    check_shape("out", out, shape, torch.float32)
+    logits = torch.empty(shape) if out is None else out
     if high > low:
         call(
             "sad_score", _query(query, heads), _sketch(coded), kv_heads=heads, dim=query.shape[2], low=low,
@@ -59,16 +71,17 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens [B, Hkv, M] of which the first counts [B, Hkv] are chosen, and the missing mass [B, Hkv]."""
     batch, heads, group, width = logits.shape
-    _check_shape("near_lse", near_lse, (batch, heads, group), torch.float32)
-    _check_shape("logits", logits, (batch, heads, group, width), torch.float32)
-    _check_shape("middle", middle, (batch, width), torch.bool)
+    check_shape("near_lse", near_lse, (batch, heads, group), torch.float32)
+    check_shape("logits", logits, (batch, heads, group, width), torch.float32)
+    check_shape("middle", middle, (batch, width), torch.bool)
     logits, near_lse = logits.contiguous(), near_lse.contiguous()
     middle = None if middle is None else middle.contiguous()
     tokens, counts, missing = _chosen(batch, heads, width)
     call(
         "sad_select", batch=batch, kv_heads=heads, group=group, dim=8, value_dim=8, logits=_at(logits),
-        near_lse=_at(near_lse), low=low, high=low + width, middle=_at(middle), floor=floor, cap=cap or 0,
-        threshold=threshold, tokens=_at(tokens), tokens_room=width, counts=_at(counts), missing=_at(missing),
+        near_lse=_at(near_lse), low=low, high=low + width, middle=_at(middle), floor=floor,
+        cap=-1 if cap is None else cap, threshold=threshold, tokens=_at(tokens), tokens_room=width,
+        counts=_at(counts), missing=_at(missing),
     )  # fmt: skip
     return tokens, counts, missing
 
@@ -77,8 +90,9 @@ def attend(
     query: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, valid: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, Hq, Dv] and its log-sum-exp [B, Hq] over the listed tokens [B, Hkv, N]."""
-    _check_shape("tokens", tokens, (*keys.shape[:2], tokens.shape[-1]), torch.int64)
-    _check_shape("valid", valid, tuple(tokens.shape), torch.bool)
+    check_cache(query, keys, values)
+    check_shape("tokens", tokens, (*keys.shape[:2], tokens.shape[-1]), torch.int64)
+    check_shape("valid", valid, tuple(tokens.shape), torch.bool)
     tokens = tokens.contiguous()
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < keys.shape[2]:
         raise ShapeError(f"tokens {int(tokens.min())} to {int(tokens.max())} are not all of the {keys.shape[2]} cached")
@@ -92,7 +106,8 @@ def attend_all(
     query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, Hq, Dv] and its log-sum-exp [B, Hq] over every token, `valid` [B, T] marking those that count."""
-    _check_shape("valid", valid, (keys.shape[0], keys.shape[2]), torch.bool)
+    check_cache(query, keys, values)
+    check_shape("valid", valid, (keys.shape[0], keys.shape[2]), torch.bool)
     valid = None if valid is None else valid.contiguous()
     return _attend(query, keys, values, scaling, 0, 0, 0, _at(valid))
 
@@ -113,17 +128,18 @@ def step(
     appended: key [B, Hkv, D] and value [B, Hkv, Dv] to write (and code) as the last of the cached tokens;
         None where they are there already.
     """
+    check_cache(query, keys, values)
     batch, heads, length, dim = keys.shape
-    _check_cache(query, keys, values)
-    _check_sketch(coded, batch, heads, dim)
+    coded = checked_sketch(coded, batch, heads, dim)
+    check_regions(regions, batch, length)
     needed = length if appended is not None else regions.high
-    if needed > coded.factors.shape[2] or regions.high > length:
+    if needed > coded.factors.shape[2]:
         raise ShapeError(f"{needed} tokens do not fit a sketch of {coded.factors.shape[2]} and {length} cached tokens")
     if appended is not None:
         if keys.stride(-1) != 1 or values.stride(-1) != 1:
             raise ShapeError("keys and values to append to must be contiguous in their last axis")
-        _check_shape("key", appended[0], (batch, heads, dim), keys.dtype)
-        _check_shape("value", appended[1], (batch, heads, values.shape[3]), keys.dtype)
+        check_shape("key", appended[0], (batch, heads, dim), keys.dtype)
+        check_shape("value", appended[1], (batch, heads, values.shape[3]), keys.dtype)
     query, keys, values = _query_rows(query, heads), _rows(keys), _rows(values)
     output, lse = _results(query, values)
     near, near_valid, middle = (None if x is None else x.contiguous() for x in (
@@ -134,8 +150,9 @@ def step(
     call(
         "sad_step", _query(query, heads), _cache(keys, values), _sketch(coded), output=_at(output),
         lse=_at(lse), near=_at(near), near_valid=_at(near_valid), near_count=regions.near.shape[1], low=regions.low,
-        high=regions.high, middle=_at(middle), floor=floor, threshold=threshold, scaling=scaling, tokens=_at(tokens),
-        tokens_room=width, counts=_at(counts), missing=_at(missing), new_key=_at(key), new_value=_at(value),
+        high=regions.high, middle=_at(middle), floor=floor, cap=-1, threshold=threshold, scaling=scaling,
+        tokens=_at(tokens), tokens_room=width, counts=_at(counts), missing=_at(missing), new_key=_at(key),
+        new_value=_at(value),
     )  # fmt: skip
     return output, lse, tokens, counts, missing
 
@@ -143,7 +160,6 @@ def step(
 def _attend(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float, tokens: int, count: int, listed: int, valid: int
 ) -> tuple[Tensor, Tensor]:
-    _check_cache(query, keys, values)
     query, keys, values = _query_rows(query, keys.shape[1]), _rows(keys), _rows(values)
     output, lse = _results(query, values)
     call(
@@ -199,38 +215,8 @@ def _sketch(coded: Coded) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
-        raise ShapeError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {dtype} {shape}")
-
-
-def _check_cache(query: Tensor, keys: Tensor, values: Tensor) -> None:
-    batch, _, _, dim = keys.shape
-    if query.shape[0] != batch or query.shape[2] != dim or values.shape[:3] != keys.shape[:3]:
-        raise ShapeError(
-            f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit; "
-            "expected [B, Hq, D], [B, Hkv, T, D] and [B, Hkv, T, Dv]"
-        )
-    if not query.dtype == keys.dtype == values.dtype:
-        raise ShapeError(
-            f"query, keys and values are {query.dtype}, {keys.dtype} and {values.dtype}; expected one dtype"
-        )
-
-
-def _check_sketch(coded: Coded, batch: int, heads: int, dim: int) -> None:
-    if coded.statistics.mean.shape != (batch, heads, dim) or coded.codes.shape[:2] != (batch, heads):
-        raise ShapeError(
-            f"the sketch is of {tuple(coded.statistics.mean.shape)} channels; expected {(batch, heads, dim)}"
-        )
-
-
 def _query_rows(query: Tensor, kv_heads: int) -> Tensor:
-    if query.shape[1] % kv_heads:
-        raise ShapeError(
-            f"{query.shape[1]} query heads do not share {kv_heads} KV heads evenly; expected a multiple of {kv_heads}"
-        )
-    if query.shape[1] > MOST_GROUP * kv_heads:
-        raise ShapeError(f"{query.shape[1] // kv_heads} query heads share a KV head; expected {MOST_GROUP} at most")
+    check_query(query, kv_heads)
     return _rows(query)
 
 

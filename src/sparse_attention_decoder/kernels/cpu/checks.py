@@ -1,0 +1,89 @@
+"""What the compiled kernels take for granted, checked: they would read foreign memory without a word."""
+
+import torch
+from torch import Tensor
+
+from sparse_attention_decoder.errors import ShapeError
+from sparse_attention_decoder.kernels.cpu.library import DTYPES
+from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Statistics
+from sparse_attention_decoder.selection import Regions
+
+MOST_DIM, MOST_GROUP = 1024, 256
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ShapeError unless the tensor, if there is one, has this shape and dtype."""
+    if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
+        raise ShapeError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {dtype} {shape}")
+
+
+def check_keys(keys: Tensor, axes: int) -> None:
+    """Raise ShapeError unless these can be keys: axes, dtype, channels."""
+    if keys.ndim != axes or keys.dtype not in DTYPES or not serves(keys.shape[-1]):
+        raise ShapeError(
+            f"keys are {keys.dtype} of shape {tuple(keys.shape)}; expected {axes} axes of float32, bfloat16 or "
+            f"float16, the last a multiple of 8 up to {MOST_DIM}"
+        )
+
+
+def serves(dim: int) -> bool:
+    """Whether heads may have this many channels."""
+    return dim % 8 == 0 and 0 < dim <= MOST_DIM
+
+
+def check_cache(query: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Raise ShapeError unless queries [B, Hq, D], keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] fit."""
+    check_keys(keys, 4)
+    batch, _, _, dim = keys.shape
+    fits = query.ndim == 3 and values.ndim == 4 and query.shape[0] == batch and query.shape[2] == dim
+    if not fits or values.shape[:3] != keys.shape[:3] or not serves(values.shape[3]):
+        raise ShapeError(
+            f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit; "
+            "expected [B, Hq, D], [B, Hkv, T, D] and [B, Hkv, T, Dv], D and Dv multiples of 8"
+        )
+    if not query.dtype == keys.dtype == values.dtype:
+        raise ShapeError(
+            f"query, keys and values are {query.dtype}, {keys.dtype} and {values.dtype}; expected one dtype"
+        )
+
+
+def check_query(query: Tensor, kv_heads: int) -> None:
+    """Raise ShapeError unless queries [B, Hq, D] share this many KV heads evenly."""
+    if query.ndim != 3 or query.dtype not in DTYPES:
+        raise ShapeError(f"query is {query.dtype} of shape {tuple(query.shape)}; expected [B, Hq, D] of a cache dtype")
+    if query.shape[1] % kv_heads:
+        raise ShapeError(
+            f"{query.shape[1]} query heads do not share {kv_heads} KV heads evenly; expected a multiple of {kv_heads}"
+        )
+    if query.shape[1] > MOST_GROUP * kv_heads:
+        raise ShapeError(f"{query.shape[1] // kv_heads} query heads share a KV head; expected {MOST_GROUP} at most")
+
+
+def checked_sketch(coded: Coded, batch: int, heads: int, dim: int) -> Coded:
+    """The sketch, statistics contiguous; raises ShapeError unless it is of these rows, heads and channels."""
+    codes, factors, mean, deviation = coded.codes, coded.factors, coded.statistics.mean, coded.statistics.deviation
+    words, shape = -(-dim // 16), (batch, heads, dim)
+    if not serves(dim) or codes.ndim != 6 or factors.ndim != 3:
+        raise ShapeError(f"the sketch has codes {tuple(codes.shape)} and factors {tuple(factors.shape)}; see Coded")
+    blocks = codes.shape[2]
+    check_shape("mean", mean, shape, torch.float32)
+    check_shape("deviation", deviation, shape, torch.float32)
+    check_shape("codes", codes, (batch, heads, blocks, words, BLOCK, 4), torch.uint8)
+    check_shape("factors", factors, (batch, heads, factors.shape[2]), torch.float16)
+    if factors.shape[2] > blocks * BLOCK:
+        raise ShapeError(f"the sketch has {factors.shape[2]} factors and codes of {blocks * BLOCK} tokens")
+    if codes.stride()[2:] != (64 * words, 64, 4, 1) or factors.stride(2) != 1:
+        raise ShapeError("the codes of a head and its factors must be contiguous")
+    if mean.is_contiguous() and deviation.is_contiguous():
+        return coded
+    return Coded(codes, factors, Statistics(mean.contiguous(), deviation.contiguous()))
+
+
+def check_regions(regions: Regions, batch: int, length: int) -> None:
+    """Raise ShapeError unless the regions are of this many rows and at most this many tokens."""
+    near = regions.near
+    check_shape("near", near, (batch, near.shape[-1]), torch.int64)
+    check_shape("near_valid", regions.near_valid, (batch, near.shape[-1]), torch.bool)
+    check_shape("middle", regions.middle, (batch, max(0, regions.high - regions.low)), torch.bool)
+    if not regions.low >= 0 or regions.high > length or near.shape[-1] > length:
+        raise ShapeError(f"regions reach from {regions.low} to {regions.high}; the cache holds {length} tokens")
