@@ -160,7 +160,7 @@ def _prepare(query: Tensor, layer: LayerState, rows: Rows, scaling: float) -> St
 
 
 def _check(query: Tensor, layer: LayerState, rows: Rows) -> None:
-    batch, kv_heads, length, dim = layer.buffer.keys.shape
+    batch, kv_heads, length, dim = layer.buffer.shape
     if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != dim or query.shape[1] % kv_heads:
         raise ShapeError(
             f"query has shape {tuple(query.shape)}; the cache expects [{batch}, a multiple of {kv_heads}, {dim}]"

@@ -29,6 +29,12 @@ class KVBuffer:
         return 0 if self._keys is None else self._keys.shape[2]
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, Hkv, T, D of the keys held now."""
+        batch, heads, _, dim = self._storage()[0].shape
+        return batch, heads, self.length, dim
+
+    @property
     def keys(self) -> Tensor:
         """View [B, Hkv, T, D] of the keys held now; a later append may leave it behind."""
         return self._storage()[0][:, :, : self.length]

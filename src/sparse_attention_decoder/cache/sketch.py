@@ -1,5 +1,7 @@
 """The 2-bit sketch of one layer's keys: codes, factors and the statistics they were coded with."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,6 @@ class Sketch:
         assert self._coded is not None
         return self._coded
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def catch_up(self, keys: Tensor, rows: Rows, needed: int) -> None:
         """Cover at least the first `needed` of the keys [B, Hkv, T, D].
 
@@ -48,20 +48,25 @@ class Sketch:
         Raises:
             NonFiniteError: a key to be coded holds NaN or infinity.
         """
-        if self._coded is None:
-            self._allocate(keys)
         if self._rows is not None and not rows.same_past(self._rows, max(self._reach)):
             # a token that was fitted on has been masked since, as the padding behind a finished row is
             self._fitted = [-1] * len(self._fitted)
         self._rows = rows
         targets = [fit_length(count) for count in rows.counts]
+        if self.length < needed or targets != self._fitted:
+            self._recode(keys, rows, targets)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _recode(self, keys: Tensor, rows: Rows, targets: list[int]) -> None:
+        if self._coded is None:
+            self._allocate(keys)
         stale = [row for row, target in enumerate(targets) if self._fitted[row] != target]
+        for row in stale:
+            self._fit_row(row, keys, rows, targets[row])
         if stale:
-            for row in stale:
-                self._fit_row(row, keys, rows, targets[row])
             self.length = 0
-        if self.length < needed or stale:
-            self._encode(keys, rows)
+        self._encode(keys, rows)
 
     def truncate(self, length: int) -> None:
         """Forget what was read off tokens from `length` on: codes, and statistics fitted on any of them."""
@@ -119,6 +124,8 @@ class Sketch:
         self.length = total
 
 
+# every layer of a step asks the same question
+@lru_cache(maxsize=64)
 def fit_length(tokens: int) -> int:
     """How many of a row's first tokens its statistics are fitted on: the largest step of 5/4 within."""
     fitted = 0

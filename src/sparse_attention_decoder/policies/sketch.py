@@ -1,6 +1,5 @@
 """The default: score a 2-bit sketch of every key, read every token above a share of attention."""
 
-from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -59,5 +58,6 @@ def _coded(step: Step) -> Coded:
 
 
 def _with_cost(step: Step, chosen: Selection) -> Selection:
-    scored = sum(step.regions.middle_counts) * step.buffer.keys.shape[1]
-    return replace(chosen, index_bytes=scored * step.index.coded.bytes_per_token)
+    scored = sum(step.regions.middle_counts) * step.buffer.shape[1]
+    cost = scored * step.index.coded.bytes_per_token
+    return Selection(chosen.tokens, chosen.counts, chosen.missing_mass, cost)
