@@ -4,9 +4,11 @@ import ctypes
 import logging
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from struct import Struct
+from typing import cast
 
 import torch
 
@@ -74,7 +76,7 @@ _FIELDS = [
     "tokens_valid",
 ]
 _LAYOUT = Struct("=" + "".join("d" if name in ("threshold", "scaling") else "q" for name in _FIELDS))
-_NOTHING = dict.fromkeys(_FIELDS, 0)
+_NOTHING: dict[str, float] = dict.fromkeys(_FIELDS, 0)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -138,10 +140,19 @@ def call(operation: str, *groups: dict[str, int], **fields: float) -> None:
     Raises:
         MemoryError: no memory for its scratch.
     """
-    library = load()
-    assert not isinstance(library, str)
-    filled: dict[str, float] = {**_NOTHING, "threads": torch.get_num_threads(), **fields}
+    filled: dict[str, float] = _NOTHING.copy()
     for group in groups:
         filled.update(group)
-    if getattr(library, operation)(_LAYOUT.pack(*filled.values())) != 0:
+    filled.update(fields)
+    filled["threads"] = torch.get_num_threads()
+    if _function(operation)(_LAYOUT.pack(*filled.values())) != 0:
         raise MemoryError(f"{operation}: no memory for scratch")
+
+
+@cache
+def _function(operation: str) -> Callable[[bytes], int]:
+    library = load()
+    assert not isinstance(library, str)
+    found = getattr(library, operation)
+    found.argtypes = [ctypes.c_char_p]
+    return cast("Callable[[bytes], int]", found)

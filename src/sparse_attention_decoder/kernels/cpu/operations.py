@@ -170,8 +170,8 @@ def _attend(
 
 
 def _results(query: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    batch, heads = query.shape[:2]
-    return query.new_empty(batch, heads, values.shape[3]), query.new_empty(batch, heads, dtype=torch.float32)
+    batch, heads, _ = query.shape
+    return torch.empty((batch, heads, values.shape[3]), dtype=query.dtype), torch.empty((batch, heads))
 
 
 def _chosen(batch: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
