@@ -144,7 +144,7 @@ int step(const sad_call* c) {
     const Unit u = unit_at(c, item / pieces);
     attend_chosen<T>(c, u, work + u.index, item % pieces, pieces);
   });
-  return SAD_OK;
+  return int(most);
 }
 
 int score(const sad_call* c) {

@@ -15,7 +15,7 @@ enum sad_dtype { SAD_FLOAT32 = 0, SAD_BFLOAT16 = 1, SAD_FLOAT16 = 2 };
 
 
 // what an operation answers
-enum sad_status { SAD_OK = 0, SAD_NO_MEMORY = 1 };
+enum sad_status { SAD_OK = 0, SAD_NO_MEMORY = -1 };
 
 // Every operation reads the fields it needs; kernels/cpu/library.py fills them in this order.
 typedef struct {
@@ -93,7 +93,7 @@ int sad_score(const sad_call* call);
 int sad_select(const sad_call* call);
 // query, keys and values at tokens -> output, lse; tokens null: all of `length`, middle marking those that count
 int sad_attend(const sad_call* call);
-// append (where there is a new token), score, select and attend in one call
+// append (where there is a new token), score, select and attend in one call; answers the largest of the counts
 int sad_step(const sad_call* call);
 // reads `count` bytes of `codes` in order, their XOR into counts[0]: the bandwidth that a scan is measured against
 int sad_read(const sad_call* call);

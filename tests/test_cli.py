@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -145,7 +144,6 @@ def test_ctrl_c_ends_cleanly(directory: Path) -> None:
     assert process.stdout is not None
     # the first character says that tokens are coming
     process.stdout.read(1)
-    time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors

@@ -79,7 +79,12 @@ def test_the_sketch_is_near_the_oracle_and_far_ahead_of_quest_and_window(smollm2
 
 
 def test_the_default_reads_a_part_and_writes_what_dense_writes(smollm2: SparseAttention) -> None:
-    result = side_by_side(smollm2, passage(smollm2, 2500), 8)
+    # by itself the default stays dense at this length: sparse is not yet the faster one
+    smollm2.config, own = AttentionConfig(dense_below=2048), smollm2.config
+    try:
+        result = side_by_side(smollm2, passage(smollm2, 2500), 8)
+    finally:
+        smollm2.config = own
     assert result.side("sparse").share_read < 0.6
     assert result.agreeing == 8
 

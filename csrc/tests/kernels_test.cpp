@@ -177,7 +177,7 @@ void check_select(Case& c, sad_call call) {
 }
 
 void check_step(Case& c, sad_call call) {
-  expect(sad_step(&call) == SAD_OK, "step fails");
+  expect(sad_step(&call) >= 0, "step fails");
   Listed read(UNITS);
   for (int64_t unit = 0; unit < UNITS; unit++)
     for (int64_t i = 0; i < call.near_count; i++) {
@@ -250,7 +250,7 @@ void check_poisoned(Case& c) {
     call.floor = upto(c.length), call.threshold = round % 2 ? 1e-3 : 0, call.count = c.length;
     // first with the statistics of sound keys, then of these
     int status = round > 1 ? sad_fit(&call) : SAD_OK;
-    status |= sad_encode(&call) | sad_score(&call) | sad_step(&call);
+    status |= sad_encode(&call) | sad_score(&call) | (sad_step(&call) < 0);
     for (int64_t select = 0; select < 2; select++) {
       for (int64_t unit = 0; unit < UNITS; unit++) {
         expect(c.counts.data[unit] >= 0 && c.counts.data[unit] <= call.tokens_room, "poisoned: count");

@@ -58,7 +58,8 @@ class CpuKernels(ReferenceKernels):
         """A threshold with a floor and a cap, on the group's share of attention."""
         if logits.dtype != torch.float32 or near_lse.dtype != torch.float32 or logits.shape[-1] == 0:
             return super().select(logits, near_lse, low, middle, floor, threshold, cap)
-        return _selection(*operations.select(logits, near_lse, low, middle, floor, threshold, cap))
+        tokens, counts, missing = operations.select(logits, near_lse, low, middle, floor, threshold, cap)
+        return Selection(tokens[..., : int(counts.max())], counts, missing)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, valid: Tensor | None, scaling: float
@@ -82,9 +83,7 @@ class CpuKernels(ReferenceKernels):
         scaling: float,
     ) -> tuple[Tensor, Tensor, Selection]:
         """Score, select and attend in one call."""
-        output, lse, *chosen = operations.step(query, keys, values, coded, regions, floor, threshold, scaling)
-        return output, lse, _selection(*chosen)
-
-
-def _selection(tokens: Tensor, counts: Tensor, missing: Tensor) -> Selection:
-    return Selection(tokens[..., : int(counts.max())], counts, missing)
+        output, lse, tokens, counts, missing = operations.step(
+            query, keys, values, coded, regions, floor, threshold, scaling
+        )
+        return output, lse, Selection(tokens, counts, missing)

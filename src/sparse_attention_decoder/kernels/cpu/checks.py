@@ -9,6 +9,8 @@ from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Statistics
 from sparse_attention_decoder.selection import Regions
 
 MOST_DIM, MOST_GROUP = 1024, 256
+# a sketch that passed says so, for it comes back at every step
+_CHECKED = "_cpu_checked"
 
 
 def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -62,7 +64,10 @@ def check_query(query: Tensor, kv_heads: int) -> None:
 def checked_sketch(coded: Coded, batch: int, heads: int, dim: int) -> Coded:
     """The sketch, statistics contiguous; raises ShapeError unless it is of these rows, heads and channels."""
     codes, factors, mean, deviation = coded.codes, coded.factors, coded.statistics.mean, coded.statistics.deviation
-    words, shape = -(-dim // 16), (batch, heads, dim)
+    shape = (batch, heads, dim)
+    if vars(coded).get(_CHECKED) == shape:
+        return coded
+    words = -(-dim // 16)
     if not serves(dim) or codes.ndim != 6 or factors.ndim != 3:
         raise ShapeError(f"the sketch has codes {tuple(codes.shape)} and factors {tuple(factors.shape)}; see Coded")
     blocks = codes.shape[2]
@@ -75,6 +80,7 @@ def checked_sketch(coded: Coded, batch: int, heads: int, dim: int) -> Coded:
     if codes.stride()[2:] != (64 * words, 64, 4, 1) or factors.stride(2) != 1:
         raise ShapeError("the codes of a head and its factors must be contiguous")
     if mean.is_contiguous() and deviation.is_contiguous():
+        vars(coded)[_CHECKED] = shape
         return coded
     return Coded(codes, factors, Statistics(mean.contiguous(), deviation.contiguous()))
 

@@ -134,19 +134,19 @@ def isa() -> str:
     return str(library.sad_isa().decode())
 
 
-def call(operation: str, *groups: dict[str, int], **fields: float) -> None:
-    """Run one operation with the struct's fields, some in groups; fields left out are 0.
+def call(operation: str, *groups: dict[str, int], **fields: float) -> int:
+    """Run one operation with the struct's fields, some in groups, those left out being 0; what it answers.
 
     Raises:
         MemoryError: no memory for its scratch.
     """
-    filled: dict[str, float] = _NOTHING.copy()
+    filled: dict[str, float] = {**_NOTHING, "threads": torch.get_num_threads(), **fields}
     for group in groups:
         filled.update(group)
-    filled.update(fields)
-    filled["threads"] = torch.get_num_threads()
-    if _function(operation)(_LAYOUT.pack(*filled.values())) != 0:
+    answer = _function(operation)(_LAYOUT.pack(*filled.values()))
+    if answer < 0:
         raise MemoryError(f"{operation}: no memory for scratch")
+    return answer
 
 
 @cache

@@ -19,6 +19,9 @@ from sparse_attention_decoder.kernels.protocol import Coded
 from sparse_attention_decoder.kernels.rotation import rotation_parts
 from sparse_attention_decoder.selection import Regions
 
+# where a sketch keeps what kernels are told of it
+_FIELDS = "_cpu_fields"
+
 
 def fit(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation [Hkv, D] of one row's keys [Hkv, N, D] after rotation; N may be 0."""
@@ -147,14 +150,14 @@ def step(
     key, value = (None, None) if appended is None else (x.contiguous() for x in appended)
     width = max(0, regions.high - regions.low)
     tokens, counts, missing = _chosen(batch, heads, width)
-    call(
+    most = call(
         "sad_step", _query(query, heads), _cache(keys, values), _sketch(coded), output=_at(output),
         lse=_at(lse), near=_at(near), near_valid=_at(near_valid), near_count=regions.near.shape[1], low=regions.low,
         high=regions.high, middle=_at(middle), floor=floor, cap=-1, threshold=threshold, scaling=scaling,
         tokens=_at(tokens), tokens_room=width, counts=_at(counts), missing=_at(missing), new_key=_at(key),
         new_value=_at(value),
     )  # fmt: skip
-    return output, lse, tokens, counts, missing
+    return output, lse, tokens[..., :most], counts, missing
 
 
 def _attend(
@@ -205,14 +208,18 @@ def _cache(keys: Tensor, values: Tensor | None) -> dict[str, int]:
 
 
 def _sketch(coded: Coded) -> dict[str, int]:
-    codes, factors, mean = coded.codes, coded.factors, coded.statistics.mean
-    code_row, code_head, *_ = codes.stride()
-    factor_row, factor_head, _ = factors.stride()
-    return {
-        "codes": codes.data_ptr(), "code_row": code_row, "code_head": code_head, "factors": factors.data_ptr(),
-        "factor_row": factor_row, "factor_head": factor_head, "mean": mean.data_ptr(),
-        "deviation": coded.statistics.deviation.data_ptr(), "rotation": _rotation(mean.shape[2]).data_ptr(),
-    }  # fmt: skip
+    # the same sketch comes back at every step: its addresses are looked up once
+    known: dict[str, int] | None = vars(coded).get(_FIELDS)
+    if known is None:
+        codes, factors, mean = coded.codes, coded.factors, coded.statistics.mean
+        code_row, code_head, *_ = codes.stride()
+        factor_row, factor_head, _ = factors.stride()
+        known = vars(coded)[_FIELDS] = {
+            "codes": codes.data_ptr(), "code_row": code_row, "code_head": code_head, "factors": factors.data_ptr(),
+            "factor_row": factor_row, "factor_head": factor_head, "mean": mean.data_ptr(),
+            "deviation": coded.statistics.deviation.data_ptr(), "rotation": _rotation(mean.shape[2]).data_ptr(),
+        }  # fmt: skip
+    return known
 
 
 def _query_rows(query: Tensor, kv_heads: int) -> Tensor:
