@@ -140,7 +140,14 @@ def test_help_names_every_policy(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_ends_cleanly(directory: Path) -> None:
     command = [sys.executable, "-m", "sparse_attention_decoder.cli", "generate", TEXT, "-m", directory, "-n", "900"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def heed() -> None:
+        # a shell's background jobs are born deaf to it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed
+    )
     assert process.stdout is not None
     # the first character says that tokens are coming
     process.stdout.read(1)
