@@ -6,6 +6,14 @@
 
 namespace {
 
+// every unit's scratch, measured first; null where there is no memory
+inline Work* scratch_for(const sad_call* c) {
+  Scratch scratch = {nullptr, 0};
+  take_work(&scratch, c);
+  scratch = {static_cast<char*>(sad_scratch(size_t(scratch.used))), 0};
+  return scratch.base ? take_work(&scratch, c) : nullptr;
+}
+
 // logits of one span of a unit, -inf for what is no middle token
 inline void score_span(const sad_call* c, Unit u, const sad_weights* weights, Scores s, int64_t span) {
   const Stream stream = middle_of(c, u);
@@ -77,11 +85,8 @@ void append(const sad_call* c, Unit u) {
 
 template <class T, class Q>
 int step(const sad_call* c) {
-  Scratch scratch = {nullptr, 0};
-  take_work(&scratch, c);
-  scratch = {static_cast<char*>(sad_scratch(scratch.used)), 0};
-  if (!scratch.base) return SAD_NO_MEMORY;
-  Work* work = take_work(&scratch, c);
+  Work* work = scratch_for(c);
+  if (!work) return SAD_NO_MEMORY;
 
   const int64_t units = c->batch * c->kv_heads, spans = work[0].scores.padded / SPAN;
   const int64_t row_bytes = (c->dim + c->value_dim) * element(c);
@@ -174,11 +179,8 @@ int score(const sad_call* c) {
 }
 
 int select(const sad_call* c) {
-  Scratch scratch = {nullptr, 0};
-  take_work(&scratch, c);
-  scratch = {static_cast<char*>(sad_scratch(scratch.used)), 0};
-  if (!scratch.base) return SAD_NO_MEMORY;
-  Work* work = take_work(&scratch, c);
+  Work* work = scratch_for(c);
+  if (!work) return SAD_NO_MEMORY;
   const int64_t units = c->batch * c->kv_heads, count = c->high - c->low, lead = c->low % BLOCK;
   each(threads_for(c, units * c->group * count * 4), units, [&](int64_t i) {
     const Unit u = unit_at(c, i);

@@ -1,14 +1,16 @@
 """Tensors as they come to the compiled kernels: strided, within others, damaged, misshapen."""
 
+import copy
 import math
 
 import pytest
 import torch
-from cases import coded, fit, randn, skewed_keys
+from cases import coded, fit, layer_with, randn, skewed_keys
 from test_cpu_kernels import CPU, each_dtype, exact
 from test_cpu_select import assert_filler_is_a_position
 from torch import Tensor
 
+from sparse_attention_decoder.attention import LayerState, decode_step
 from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels import Coded, Statistics
 from sparse_attention_decoder.selection import Rows
@@ -173,3 +175,24 @@ MISFITS = {
 def test_tensors_that_do_not_fit_are_refused(misfit):
     with pytest.raises(ShapeError):
         MISFITS[misfit]()
+
+
+def test_a_copied_cache_reads_its_own_sketch_and_survives_the_original():
+    """Prompt caches are deep-copied for each question: addresses remembered from the original must stay behind."""
+    keys, values = randn(0, 1, 2, 90, 16), randn(1, 1, 2, 90, 16)
+    query, new = randn(2, 1, 4, 16), randn(3, 1, 2, 40, 16)
+
+    def decoded(layer: LayerState) -> Tensor:
+        return decode_step(query, layer, Rows.full(1, layer.buffer.length), 0.25).output
+
+    original = layer_with(keys, values, top_k=4, attention_window=8, backend="cpu")
+    decoded(original)
+    duplicate = copy.deepcopy(original)
+    for layer, added in ((original, -new), (duplicate, new)):
+        layer.truncate(40)
+        layer.buffer.append(added, added)
+    theirs = decoded(original)
+    fresh = layer_with(duplicate.buffer.keys, duplicate.buffer.values, top_k=4, attention_window=8, backend="cpu")
+    expected = decoded(fresh)
+    assert torch.equal(decoded(duplicate), expected)
+    assert torch.equal(decoded(original), theirs)

@@ -208,9 +208,9 @@ def _cache(keys: Tensor, values: Tensor | None) -> dict[str, int]:
 
 
 def _sketch(coded: Coded) -> dict[str, int]:
-    # the same sketch comes back at every step: its addresses are looked up once
+    # the same sketch comes back at every step: its addresses are looked up once, and anew in a deep copy
     known: dict[str, int] | None = vars(coded).get(_FIELDS)
-    if known is None:
+    if known is None or known["codes"] != coded.codes.data_ptr():
         codes, factors, mean = coded.codes, coded.factors, coded.statistics.mean
         code_row, code_head, *_ = codes.stride()
         factor_row, factor_head, _ = factors.stride()
