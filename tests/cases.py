@@ -80,12 +80,22 @@ def left_padded(*counts: int) -> Tensor:
     return torch.arange(length) >= length - torch.tensor(counts).unsqueeze(-1)
 
 
-def layer_with(keys: Tensor, values: Tensor, **settings: object) -> LayerState:
-    """A layer that holds these keys and values, with a small budget and no crossover unless told otherwise."""
+def layer_with(keys: Tensor, values: Tensor, rows: Rows | None = None, **settings: object) -> LayerState:
+    """A layer that holds these keys and values, with a small budget and no crossover unless told otherwise.
+
+    All of them are the prompt: where the policy chooses by its queries, it has seen some.
+    """
     small = {"top_k": 8, "attention_window": 6, "sink_tokens": 2, "threshold": None, "dense_below": 0}
     layer = LayerState(AttentionConfig(**{**small, **settings}))
     layer.buffer.append(keys, values)
+    show_prompt(layer, rows)
     return layer
+
+
+def show_prompt(layer: LayerState, rows: Rows | None = None) -> None:
+    """Let the layer see queries of all it holds; a token's query is made of its key, whatever row or batch it is in."""
+    keys = layer.buffer.keys
+    layer.see(keys.flip(-1), rows or Rows.full(keys.shape[0], keys.shape[2]), 0.25)
 
 
 def chosen_sets(selection: Selection) -> list[list[set[int]]]:

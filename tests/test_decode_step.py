@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import FLOATS, assert_error_within, attention_over, chosen_sets, layer_with, left_padded, randn
+from cases import FLOATS, assert_error_within, attention_over, chosen_sets, layer_with, left_padded, randn, show_prompt
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -8,6 +8,7 @@ from sparse_attention_decoder.attention import LayerState, decode_step
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import BackendError, NonFiniteError, ShapeError
 from sparse_attention_decoder.kernels.reference import ReferenceKernels
+from sparse_attention_decoder.policies import resolve
 from sparse_attention_decoder.selection import Reads, Rows
 from sparse_attention_decoder.tables import POLICIES
 
@@ -32,6 +33,11 @@ HAND_COUNTS = {
     # the middle's 92 keys
     "oracle": Reads(1, 1, 64, 400, 64 * TOKEN, 4 * 92 * 16 * 4, 400 * TOKEN),
     "window": Reads(1, 1, 32, 400, 32 * TOKEN, 0, 400 * TOKEN),
+    "streaming": Reads(1, 1, 32, 400, 32 * TOKEN, 0, 400 * TOKEN),
+    # what is kept was chosen once
+    "snapkv": Reads(1, 1, 64, 400, 64 * TOKEN, 0, 400 * TOKEN),
+    # a score of 4 bytes for each of the 8 tokens kept
+    "h2o": Reads(1, 1, 64, 400, 64 * TOKEN, 4 * 8 * 4, 400 * TOKEN),
     "dense": Reads(1, 0, 400, 400, 400 * TOKEN, 0, 400 * TOKEN),
     # the bounds of the 6 pages that hold a token of the middle; how many are read depends on which
     "quest": Reads(1, 1, 0, 400, 0, 4 * 6 * 2 * 16 * 4, 400 * TOKEN),
@@ -85,7 +91,7 @@ def test_padding_is_neither_read_nor_cached():
 def test_a_short_row_in_a_mixed_batch_equals_its_dense_result_and_the_long_one_its_sparse_result(policy):
     query, keys, values = tensors(dtype=torch.float64)
     mask = left_padded(100, 7)
-    layer = layer_with(keys, values, policy=policy)
+    layer = layer_with(keys, values, Rows.from_mask(mask), policy=policy)
     decoded = decode_step(query, layer, Rows.from_mask(mask), 0.25)
     whole, _ = attention_over(query, keys, values, [[set(range(100))] * 2, [set(range(93, 100))] * 2], 0.25)
     alone = decode_step(query[:1], layer_with(keys[:1], values[:1], policy=policy), Rows.full(1, 100), 0.25)
@@ -212,6 +218,7 @@ def test_a_reset_layer_is_a_new_one(policy):
     assert layer.reads == Reads()
     query, keys, values = tensors(batch=3, tokens=50)
     layer.buffer.append(keys[..., :12], values)
+    show_prompt(layer)
     again = decode_step(query[..., :12], layer, Rows.full(3, 50), 0.25)
     fresh = decode_step(query[..., :12], layer_with(keys[..., :12], values, policy=policy), Rows.full(3, 50), 0.25)
     assert torch.equal(again.output, fresh.output)
@@ -227,7 +234,8 @@ def test_a_reset_layer_asks_again_which_backend_serves():
         decode_step(query, layer, Rows.full(2, 100), 0.25)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+# tests/test_eviction.py has this of policies whose choice depends on when they made it
+@pytest.mark.parametrize("policy", [name for name in POLICIES if not resolve(name).needs_witness])
 def test_a_layer_begun_under_inference_mode_goes_on_outside_it(policy):
     query, keys, values = tensors()
     with torch.inference_mode():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_attention_decoder.cache import Index, KVBuffer
+from sparse_attention_decoder.cache import Index, KVBuffer, Witness
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels import Kernels, Request, resolve
@@ -36,7 +36,7 @@ class Decoded:
 
 
 class LayerState:
-    """The mutable state of one layer: the KV buffer, the policy's index, what was read so far."""
+    """The mutable state of one layer: KV buffer, the policy's index, what the prompt attended to, what was read."""
 
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config
@@ -45,7 +45,20 @@ class LayerState:
         self._reads = Reads()
         self._notes: list[_Note] = []
         self.index: Index | None = None
+        self.witness: Witness | None = None
+        self.watch(self.policy)
         self._kernels: Kernels | None = None
+
+    def watch(self, policy: type[Policy]) -> None:
+        """See of the queries to come what this policy will need, whichever policy reads now."""
+        if policy.needs_witness:
+            self.witness = self.witness or Witness()
+            self.witness.adds_up |= policy.needs_sums
+
+    def see(self, queries: Tensor, rows: Rows, scaling: float) -> None:
+        """Queries [B, Hq, N, D] of the newest N tokens were attended densely; tell the witness, if there is one."""
+        if self.witness is not None:
+            self.witness.see(queries, self.buffer.keys, rows, scaling)
 
     @property
     def kernels(self) -> Kernels:
@@ -83,28 +96,36 @@ class LayerState:
         self._notes.clear()
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens, in buffer and index."""
+        """Keep the first `length` tokens, in buffer, index and witness."""
         self.buffer.truncate(length)
+        if self.witness is not None:
+            self.witness.truncate(length)
         if self.index is not None:
             self.index.truncate(length)
 
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` [B'] int64 held."""
         self.buffer.take_rows(rows)
+        if self.witness is not None:
+            self.witness.take_rows(rows)
         if self.index is not None:
             self.index.take_rows(rows)
 
     def reset(self) -> None:
         """Forget everything."""
         self.buffer.reset()
+        if self.witness is not None:
+            self.witness.reset()
         self._reads, self._notes = Reads(), []
         self.index = None
         self._kernels = None
 
     def dense_rows(self, rows: Rows) -> list[bool]:
-        """Which rows are read whole: those within the budget or below the crossover."""
+        """Which rows are read whole: those within the budget or, if the policy evicts nothing, below the crossover."""
         if self.policy.reads_everything:
             return [True] * len(rows.counts)
+        if self.policy.evicts:
+            return [count <= self.config.budget_tokens for count in rows.counts]
         below = self.config.dense_below
         crossover = self.kernels.crossover_tokens if below is None else below
         return [count <= self.config.budget_tokens or count < crossover for count in rows.counts]
@@ -129,6 +150,8 @@ def decode_step(query: Tensor, layer: LayerState, rows: Rows, scaling: float) ->
     dense = layer.dense_rows(rows)
     if all(dense):
         layer.note(rows, dense, None)
+        if layer.policy.needs_witness:
+            layer.see(query.unsqueeze(2), rows, scaling)
         return Decoded(attend_densely(query, layer, rows, scaling), None, None)
 
     step = _prepare(query, layer, rows, scaling)
@@ -156,7 +179,7 @@ def _prepare(query: Tensor, layer: LayerState, rows: Rows, scaling: float) -> St
     regions = rows.regions(config.sink_tokens, config.attention_window, query.device)
     if layer.index is None:
         layer.index = layer.policy.new_index(layer.kernels, config)
-    return Step(query, layer.buffer, layer.index, rows, regions, scaling, layer.kernels, config)
+    return Step(query, layer.buffer, layer.index, rows, regions, scaling, layer.kernels, config, layer.witness)
 
 
 def _check(query: Tensor, layer: LayerState, rows: Rows) -> None:

@@ -21,14 +21,15 @@ class AttentionConfig:
         top_k: tokens retrieved per KV head and step, at least: the floor. 1 or more.
         threshold: every token whose estimated share of the attention (mean over the query heads
             of a KV head) exceeds this is read too; 0 or None turns it off. Quest ignores it:
-            its page bounds are no probabilities.
+            its page bounds are no probabilities. So do snapkv, h2o and streaming: they keep a fixed number.
         attention_window: newest tokens always read, the current one included. 1 or more.
         sink_tokens: first tokens always read. 0 or more.
-        policy: a name in `tables.POLICIES`: sketch, dense, window, oracle, quest.
+        policy: a name in `tables.POLICIES`: sketch, dense, window, oracle, quest, and to compare with,
+            snapkv, h2o, streaming: they evict, so a token once left out is never read again.
         backend: a name in `tables.BACKENDS`, or "auto" for the first that can serve.
         dense_below: contexts of fewer tokens than this are read whole. None is the context from which
             the backend's sparse step was measured to be the faster one (benchmarks/crossover.py);
-            0 never forces dense.
+            0 never forces dense. Policies that evict have nothing left to read densely, and ignore it.
     Raises:
         ConfigError: a value that cannot work; the message gives one that would.
     The defaults keep perplexity within 1 % of dense on every text of benchmarks/defaults.md;
@@ -68,7 +69,7 @@ class AttentionConfig:
     @property
     def budget_tokens(self) -> int:
         """Tokens read at least: a context no longer than this is attended densely, bit for bit."""
-        retrieved = self.top_k if self.policy != "window" else 0
+        retrieved = self.top_k if self.policy not in ("window", "streaming") else 0
         return self.sink_tokens + self.attention_window + retrieved
 
     def to_json(self) -> str:

@@ -12,6 +12,9 @@ POLICIES = {
     "window": f"{_HERE}.policies.window:WindowPolicy",
     "oracle": f"{_HERE}.policies.oracle:OraclePolicy",
     "quest": f"{_HERE}.policies.quest:QuestPolicy",
+    "snapkv": f"{_HERE}.policies.snapkv:SnapKVPolicy",
+    "h2o": f"{_HERE}.policies.h2o:H2OPolicy",
+    "streaming": f"{_HERE}.policies.streaming:StreamingPolicy",
 }
 
 # in the order in which "auto" asks them

@@ -3,5 +3,7 @@
 from sparse_attention_decoder.cache.buffer import KVBuffer
 from sparse_attention_decoder.cache.index import Index
 from sparse_attention_decoder.cache.sketch import Sketch
+from sparse_attention_decoder.cache.survivors import Survivors
+from sparse_attention_decoder.cache.witness import Witness
 
-__all__ = ["Index", "KVBuffer", "Sketch"]
+__all__ = ["Index", "KVBuffer", "Sketch", "Survivors", "Witness"]

@@ -12,6 +12,7 @@ class Index(Protocol):
 
     However the keys came to be there (at once, one by one, after a truncation), `catch_up` leaves
     the same index. It is called when a decode step first needs it, so prefill pays nothing.
+    The exception is `Survivors`: what a policy threw away depends on when.
     """
 
     def catch_up(self, keys: Tensor, rows: Rows, needed: int) -> None:

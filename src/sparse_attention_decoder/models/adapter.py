@@ -129,6 +129,7 @@ def sparse_attention_forward(
     # a model may change keys or values behind the cache, as MLA and differential attention do
     if getattr(value, LAYER_TAG, None) is not layer:
         layer = None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = None
     if query.shape[2] == 1 and dropout == 0.0:
         if query.requires_grad or key.requires_grad or value.requires_grad:
@@ -141,15 +142,18 @@ def sparse_attention_forward(
         output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+        if layer is not None and layer.state.witness is not None and query.shape[2] > 1:
+            seen = _rows(query.shape[0], key.shape[2], attention_mask)
+            if seen is not None:
+                layer.state.see(query, seen, scale)
         return output
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     decoded = decode_step(query[:, :, 0], layer.state, rows, scale)
     layer.last = (query[:, :, 0].detach(), rows, scale, decoded)
     return decoded.output.unsqueeze(1), None
 
 
 def _rows(batch: int, length: int, mask: Tensor | None) -> Rows | None:
-    """The rows a decode step's mask describes; None for a mask only SDPA understands."""
+    """The rows that a mask's newest query sees; None for a mask only SDPA understands."""
     if mask is None:
         return Rows.full(batch, length)
     # one mask serves every layer of a step: keep what was read off it on the mask itself
@@ -159,7 +163,7 @@ def _rows(batch: int, length: int, mask: Tensor | None) -> Rows | None:
     if mask.dtype != torch.bool or mask.shape[1] != 1:
         _warn_once(f"a custom {mask.dtype} mask is attended densely; pass a 2-D padding mask")
         return None
-    rows = Rows.from_mask(mask[:, 0, 0].expand(batch, -1))
+    rows = Rows.from_mask(mask[:, 0, -1].expand(batch, -1))
     setattr(mask, ROWS_TAG, rows)
     return rows
 

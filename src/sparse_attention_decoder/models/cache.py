@@ -1,6 +1,8 @@
 """SparseCache: a transformers cache whose full-attention layers are ours."""
 
 import copy
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from sparse_attention_decoder.attention import Decoded, LayerState
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ShapeError, UnsupportedError
+from sparse_attention_decoder.policies import resolve
 from sparse_attention_decoder.selection import Reads, Rows
 
 # how the attention function finds the layer behind a key tensor: no globals, safe with many caches and threads
@@ -98,8 +101,12 @@ class SparseLayer(DynamicLayer):
     prefetch = offload
 
     def reconfigured(self, config: AttentionConfig) -> "SparseLayer":
-        """A layer over the same buffer that reads it as `config` says."""
+        """A layer over the same buffer that reads it as `config` says, with what the prompt's witness saw."""
         other = SparseLayer(config)
+        if self.state.witness is not None:
+            # shallow: from here on each sees its own steps
+            other.state.witness = copy.copy(self.state.witness)
+            other.state.watch(other.state.policy)
         if self.is_initialized:
             other.dtype, other.device, other.is_initialized = self.dtype, self.device, True
             other.state.buffer = self.state.buffer
@@ -136,10 +143,27 @@ class SparseCache(DynamicCache):
             setattr(held[0], STOCK_TAG, True)
         return held
 
+    def watch(self, policies: Iterable[str]) -> None:
+        """Before a prompt is read: keep of its queries what these policies choose by, so that one prefill serves all.
+
+        `reconfigured` then takes it along. Costs nothing for policies that choose by the newest query
+        alone; h2o adds up the attention of all queries, which is a second pass over the prompt.
+
+        Args:
+            policies: names in `tables.POLICIES`.
+        Raises:
+            ConfigError: no such policy.
+        """
+        for name in policies:
+            policy = resolve(replace(self.config, policy=name).policy)
+            for layer in self.sparse_layers:
+                layer.state.watch(policy)
+
     def reconfigured(self, config: AttentionConfig) -> "SparseCache":
         """The same keys and values read another way. Shares memory with this cache: use one at a time.
 
-        Counters start at zero and the index is built anew when first needed.
+        Counters start at zero and the index is built anew when first needed. What was seen of the
+        prompt's queries comes along, see `watch`.
         """
         other = copy.copy(self)
         other.config = config

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from sparse_attention_decoder.cache import Index, KVBuffer
+from sparse_attention_decoder.cache import Index, KVBuffer, Witness
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.kernels import Kernels
 from sparse_attention_decoder.selection import Regions, Rows, Selection
@@ -19,6 +19,7 @@ class Step:
     buffer, index: the cached keys and values, and the policy's own index over them.
     rows, regions: which tokens exist, and which of them are near (always read) or middle.
     scaling: what logits are multiplied by.
+    witness: what earlier queries attended to; there for policies that need it.
     """
 
     query: Tensor
@@ -29,6 +30,7 @@ class Step:
     scaling: float
     kernels: Kernels
     config: AttentionConfig
+    witness: Witness | None = None
 
     @property
     def threshold(self) -> float:
@@ -52,9 +54,17 @@ class Step:
 
 
 class Policy(Protocol):
-    """Chooses which tokens of the middle a step reads. One idea a file, one row in `tables.POLICIES`."""
+    """Chooses which tokens of the middle a step reads. One idea a file, one row in `tables.POLICIES`.
+
+    evicts: what it does not read it would have thrown away; kept here only so that one prefill serves every policy.
+    needs_witness: it chooses by what the prompt's queries attended to.
+    needs_sums: and by how much attention each token received from all of them, a second pass over the prompt.
+    """
 
     reads_everything: ClassVar[bool]
+    evicts: ClassVar[bool] = False
+    needs_witness: ClassVar[bool] = False
+    needs_sums: ClassVar[bool] = False
 
     @staticmethod
     def new_index(kernels: Kernels, config: AttentionConfig) -> Index | None:
