@@ -1,6 +1,7 @@
 """The comparison and the quality measure: what they report must be what happened."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,46 +68,81 @@ def test_comparing_needs_a_context() -> None:
         side_by_side(SparseAttention(BITING, build("llama")), prompt(1, 1), 2)
 
 
+def decoder() -> SparseAttention:
+    return SparseAttention(BITING, build("llama"))
+
+
 def test_agreement_with_everything_read_is_perfect_and_otherwise_is_not() -> None:
-    nearly_all, few = compare(build("llama"), prompt(2, 80), 60, [FORCED, BITING])
-    for text in nearly_all.texts:
-        assert text.kl == pytest.approx(0, abs=1e-6)
-        assert text.top1 == 1.0
-        assert text.ce_change == pytest.approx(0, abs=1e-4)
-    assert min(text.kl for text in few.texts) > 1e-3
+    nearly_all, few = compare(decoder(), prompt(2, 80), 60, [FORCED, BITING])
+    assert nearly_all.tokens[0].abs().max() < 1e-6
+    assert bool((nearly_all.tokens[1] == 1).all())
+    assert nearly_all.tokens[3].abs().max() < 1e-4
+    assert min(nearly_all.mass) > 0.9999
+    assert min(few.mean(0)[0], few.mean(1)[0]) > 1e-3
     assert few.sparse_share == 1.0
     assert few.retrieved == pytest.approx(5)
     assert 0 < few.missing_mass < 1
     assert few.index_share < few.share_read < 0.5
+    assert len(few.error) == len(few.mass) == len(few.recall) == 2
+    assert max(few.mass) < 0.99 < nearly_all.mass[0]
+    assert min(few.error) > 100 * max(nearly_all.error)
 
 
 @torch.no_grad()
 def test_agreement_is_computed_from_the_distributions_of_single_steps() -> None:
     ids, context = prompt(1, 71), 60
-    outcome = next(compare(build("llama"), ids, context, [BITING]))
+    outcome = next(compare(decoder(), ids, context, [BITING]))
     dense = build("llama")(ids).logits[:, context:-1].double().log_softmax(-1)
     sparse_model = SparseAttention(BITING, build("llama"))
     cache = sparse_model.prefill(ids[:, :context])
     steps = [sparse_model(ids[:, at : at + 1], past_key_values=cache).logits[:, 0] for at in range(context, 70)]
     sparse = torch.stack(steps, 1).double().log_softmax(-1)
     target = ids[:, context + 1 :, None]
-    text = outcome.texts[0]
-    assert text.kl == pytest.approx(float((dense.exp() * (dense - sparse)).sum(-1).mean()), rel=1e-3)
-    assert text.top1 == pytest.approx(float((dense.argmax(-1) == sparse.argmax(-1)).double().mean()))
-    assert text.ce_dense == pytest.approx(float(-dense.gather(-1, target).mean()), rel=1e-4)
-    assert text.ce_change == pytest.approx(float((dense - sparse).gather(-1, target).mean()), rel=1e-3)
+    kl, top1, ce_dense, ce_change = outcome.mean()
+    assert kl == pytest.approx(float((dense.exp() * (dense - sparse)).sum(-1).mean()), rel=1e-3)
+    assert top1 == pytest.approx(float((dense.argmax(-1) == sparse.argmax(-1)).double().mean()))
+    assert ce_dense == pytest.approx(float(-dense.gather(-1, target).mean()), rel=1e-4)
+    assert ce_change == pytest.approx(float((dense - sparse).gather(-1, target).mean()), rel=1e-3)
+
+
+def test_a_result_has_intervals_around_its_means_and_a_row_a_text() -> None:
+    result = next(compare(decoder(), prompt(2, 130), 60, [BITING])).result(["one", "two"])
+    for name in ("kl", "top1", "ce_change", "ppl_change"):
+        low, high = result[f"{name}_ci"]
+        assert low <= result[name] <= high, name
+        assert low < high, name
+    assert result["ppl_change"] == pytest.approx(math.exp(result["ce_change"]) - 1)
+    assert result["ppl_dense"] == pytest.approx(math.exp(result["ce_dense"]))
+    assert [text["name"] for text in result["per_text"]] == ["one", "two"]
+    assert sum(text["kl"] for text in result["per_text"]) / 2 == pytest.approx(result["kl"])
+    assert result["mass"] == pytest.approx(sum(result["layers"]["mass"]) / 2, abs=1e-4)
 
 
 def test_a_policy_leaves_no_trace_for_the_next() -> None:
-    configs = [AttentionConfig(policy="quest", top_k=16, attention_window=8, dense_below=0), BITING]
-    both = list(compare(build("llama"), prompt(1, 90), 60, configs))
-    alone = next(compare(build("llama"), prompt(1, 90), 60, [BITING]))
-    assert both[1] == alone
+    few = AttentionConfig(policy="quest", top_k=16, attention_window=8, dense_below=0)
+    configs = [few, replace(few, policy="h2o"), replace(few, policy="snapkv"), BITING]
+    together = list(compare(decoder(), prompt(1, 90), 60, configs))
+    for config, found in zip(configs, together, strict=True):
+        alone = next(compare(decoder(), prompt(1, 90), 60, [config]))
+        assert torch.equal(found.tokens, alone.tokens), config.policy
+        assert (found.share_read, found.mass) == (alone.share_read, alone.mass), config.policy
+
+
+def test_the_model_reads_as_before_after_an_agreement() -> None:
+    model = decoder()
+    list(compare(model, prompt(1, 80), 60, [FORCED]))
+    assert model(prompt(1, 40)).past_key_values.config == BITING
+
+
+def test_dense_compared_with_dense_is_refused() -> None:
+    late = replace(BITING, dense_below=1000)
+    with pytest.raises(InputError, match="dense would be compared with dense"):
+        next(compare(decoder(), prompt(1, 80), 60, [late]))
 
 
 def test_too_little_text_to_measure_is_refused() -> None:
     with pytest.raises(InputError, match="give more text"):
-        next(compare(build("llama"), prompt(1, 10), 9, [BITING]))
+        next(compare(decoder(), prompt(1, 10), 9, [BITING]))
 
 
 def test_doctor_names_versions_backends_and_model() -> None:

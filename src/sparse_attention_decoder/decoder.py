@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
@@ -119,7 +119,7 @@ class SparseAttention(nn.Module):
         ids, room = self._prepare(text, max_new_tokens, chat)
         output = self.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, **kwargs)
         sequences: Tensor = output if isinstance(output, Tensor) else output.sequences
-        return str(self._tokenizer().decode(sequences[0, ids.shape[1] :], skip_special_tokens=True))
+        return str(self.require_tokenizer().decode(sequences[0, ids.shape[1] :], skip_special_tokens=True))
 
     def stream(
         self,
@@ -141,16 +141,20 @@ class SparseAttention(nn.Module):
         return self._stream(ids, on_prefill, kwargs)
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, on_progress: Progress | None = None) -> SparseCache:
+    def prefill(
+        self, input_ids: Tensor, on_progress: Progress | None = None, watched: Iterable[str] = ()
+    ) -> SparseCache:
         """Read ids [B, T] into a fresh cache, densely, a chunk at a time; memory stays bounded.
 
         Args:
             on_progress: called with (tokens read, T) after each chunk.
+            watched: policies that will read this cache too, see `SparseCache.watch`.
         Raises:
             InputError: empty, not integer, out of vocabulary. ContextLengthError: too long.
         """
         self.check_ids(input_ids, 0)
         cache = SparseCache(self.model.config, self.config)
+        cache.watch(watched)
         total = input_ids.shape[1]
         done = 0
         while done < total:
@@ -178,7 +182,7 @@ class SparseAttention(nn.Module):
         cache = self.prefill(ids[:, :-1]) if ids.shape[1] > 1 else SparseCache(self.model.config, self.config)
         with torch.no_grad():
             self.model(ids[:, -1:], past_key_values=cache, use_cache=True)
-        tokens = tuple(self._tokenizer().decode([token]) for token in ids[0].tolist())
+        tokens = tuple(self.require_tokenizer().decode([token]) for token in ids[0].tolist())
         heads = []
         for number, layer in enumerate(cache.layers):
             if layer in cache.sparse_layers and layer.last is not None:
@@ -191,7 +195,7 @@ class SparseAttention(nn.Module):
         Raises:
             InputError: empty prompt, no tokenizer, or chat asked of a tokenizer without template.
         """
-        tokenizer = self._tokenizer()
+        tokenizer = self.require_tokenizer()
         if not text.strip():
             raise InputError("the prompt is empty; give at least one word")
         has_template = tokenizer.chat_template is not None
@@ -247,7 +251,7 @@ class SparseAttention(nn.Module):
         return ids, min(DEFAULT_NEW_TOKENS, room)
 
     def _stream(self, ids: Tensor, on_prefill: Progress | None, kwargs: dict[str, Any]) -> Iterator[str]:
-        streamer = TextIteratorStreamer(self._tokenizer(), skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(self.require_tokenizer(), skip_prompt=True, skip_special_tokens=True)
         stop = _StopWhen()
         criteria = [*kwargs.pop("stopping_criteria", []), stop]
 
@@ -276,7 +280,8 @@ class SparseAttention(nn.Module):
             finally:
                 stop.now.set()
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; an InputError where there is none."""
         if self.tokenizer is None:
             raise InputError("text needs a tokenizer; pass tokenizer=... or use ids with generate()")
         return self.tokenizer
