@@ -8,6 +8,7 @@ SparseAttentionError
 ├── NonFiniteError         (ArithmeticError)      NaN or infinity in weights or keys
 ├── UnsupportedError       (NotImplementedError)  a model or feature that would come out wrong
 ├── BackendError           (RuntimeError)         kernels asked for by name that cannot serve
+├── WorkerError            (RuntimeError)         a measuring process that failed or died
 ├── ModelLoadError         (OSError)              no model there, or a damaged one
 └── CacheDirectoryError    (OSError)              no place to keep the converted model
 """
@@ -43,6 +44,10 @@ class UnsupportedError(SparseAttentionError, NotImplementedError):
 
 class BackendError(SparseAttentionError, RuntimeError):
     """A kernel backend was asked for by name and cannot serve; the message says why."""
+
+
+class WorkerError(SparseAttentionError, RuntimeError):
+    """A process of a measurement failed or died; the message has what it said last."""
 
 
 class ModelLoadError(SparseAttentionError, OSError):
