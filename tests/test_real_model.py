@@ -69,13 +69,15 @@ def test_the_sketch_is_near_the_oracle_and_far_ahead_of_quest_and_window(smollm2
         AttentionConfig(96, None, 96 if policy == "window" else 32, 4, policy, dense_below=0)
         for policy in ("oracle", "sketch", "quest", "window")
     ]
-    oracle, sketch, quest, window = compare(smollm2.model, passage(smollm2, 1057), 1024, configs)
+    oracle, sketch, quest, window = compare(smollm2, passage(smollm2, 1057), 1024, configs)
     assert sketch.sparse_share == 1.0
     assert sketch.share_read < 0.2
-    assert sketch.texts[0].kl < 2 * oracle.texts[0].kl + 1e-3
-    assert sketch.texts[0].kl < 0.25 * quest.texts[0].kl
-    assert sketch.texts[0].kl < 0.25 * window.texts[0].kl
-    enable(smollm2.model, smollm2.config)
+    kl = {outcome.config.policy: outcome.mean()[0] for outcome in (oracle, sketch, quest, window)}
+    assert kl["sketch"] < 2 * kl["oracle"] + 1e-3
+    assert kl["sketch"] < 0.25 * kl["quest"]
+    assert kl["sketch"] < 0.25 * kl["window"]
+    # why: it reads where the attention is
+    assert sum(sketch.mass) > sum(quest.mass) > sum(window.mass)
 
 
 def test_the_default_reads_a_part_and_writes_what_dense_writes(smollm2: SparseAttention) -> None:
@@ -99,5 +101,18 @@ def test_the_seeds_snippet_runs_as_written(tmp_path: Path) -> None:
     assert done.stdout.count("layer 12, KV head 0 gives") == 3
 
 
+def test_the_benchmark_example_compares_and_draws(tmp_path: Path) -> None:
+    # a shorter context than its own, for time
+    command = [sys.executable, ROOT / "examples" / "benchmark_example.py", tmp_path, "600"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("ms a token  reads") == 5
+    assert "sketch, the default" in done.stdout
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert len(list(tmp_path.glob("*.png"))) >= 3
+
+
 def test_every_example_is_run_by_a_test() -> None:
-    assert [path.name for path in sorted((ROOT / "examples").glob("*.py"))] == ["basic_usage.py"]
+    assert [path.name for path in sorted((ROOT / "examples").glob("*.py"))] == [
+        "basic_usage.py",
+        "benchmark_example.py",
+    ]

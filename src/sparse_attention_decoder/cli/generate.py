@@ -1,0 +1,182 @@
+"""generate and demo: text in, text out, and how sparse compares with dense on it."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from sparse_attention_decoder.cli.terminal import ModelOption, console, load_model, out, progress_bar
+from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.errors import InputError
+from sparse_attention_decoder.tables import POLICIES
+
+if TYPE_CHECKING:
+    from sparse_attention_decoder.decoder import SparseAttention
+    from sparse_attention_decoder.measure.compare import Comparison, Side
+
+_DEFAULTS = AttentionConfig()
+
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to write at most.")]
+TopKOption = Annotated[int, typer.Option("--top-k", help="Tokens retrieved per KV head and step, at least.")]
+ThresholdOption = Annotated[
+    float, typer.Option("--threshold", help="Every token above this share of attention is read too; 0 turns it off.")
+]
+WindowOption = Annotated[int, typer.Option("--window", help="Newest tokens, always read.")]
+SinksOption = Annotated[int, typer.Option("--sinks", help="First tokens, always read.")]
+PolicyOption = Annotated[str, typer.Option("--policy", help=f"Who chooses: {', '.join(POLICIES)}.")]
+BelowOption = Annotated[
+    str,
+    typer.Option(
+        "--dense-below", help="Contexts shorter than this are read whole; auto: until sparse is measured to be faster."
+    ),
+]
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; left out, it is read from --file or standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Read the prompt from this UTF-8 file; PROMPT, if given too, follows it."),
+    ] = None,
+    model: ModelOption = None,
+    max_new_tokens: TokensOption = 256,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher samples.")] = 0.0,
+    top_k: TopKOption = _DEFAULTS.top_k,
+    threshold: ThresholdOption = _DEFAULTS.threshold or 0.0,
+    window: WindowOption = _DEFAULTS.attention_window,
+    sinks: SinksOption = _DEFAULTS.sink_tokens,
+    policy: PolicyOption = _DEFAULTS.policy,
+    dense_below: BelowOption = "auto",
+    dense: Annotated[bool, typer.Option("--dense", help="Read everything: the baseline.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Decode greedily both ways and compare speed, KV bytes read and tokens.")
+    ] = False,
+) -> None:
+    """Continue or answer a prompt; tokens appear as they come.
+
+    Examples:
+
+      sparse-decoder generate "Why is the sky blue?"
+
+      sparse-decoder generate --file report.txt "What does the report conclude?"
+
+      cat report.txt | sparse-decoder generate --raw -n 64 --compare
+    """
+    text = _prompt(prompt, file)
+    if dense and compare:
+        raise InputError("--dense and --compare exclude each other: --compare runs dense and sparse")
+    config = AttentionConfig(
+        top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=_below(dense_below)
+    )
+    decoder = load_model(model, config)
+    if compare:
+        _show(_compare(decoder, text, False if raw else None, max_new_tokens))
+        return
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with progress_bar("reading the prompt", "tokens") as on_prefill:
+        pieces = decoder.stream(text, max_new_tokens, False if raw else None, on_prefill, **sampling)
+        first = next(pieces, "")
+    print(first, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def demo(
+    tokens: Annotated[int, typer.Option(help="Length of the document, in tokens.", min=64)] = 5900,
+    max_new_tokens: TokensOption = 64,
+    model: ModelOption = None,
+) -> None:
+    """The main job on a real text: dense and sparse side by side.
+
+    The document is Python's language reference, as `pydoc_data.topics` in every Python has it, cut
+    to 5,900 tokens. The embedded model reads it once, then answers a question about it with
+    dense and with sparse attention.
+    """
+    from sparse_attention_decoder.measure.demo import QUESTION, document
+
+    decoder = load_model(model, AttentionConfig())
+    prompt = f"{document(decoder, tokens)}\n\n{QUESTION}"
+    console.print(f"The document: Python's language reference, cut to about {tokens} tokens.")
+    console.print(f"The question: {QUESTION}\n")
+    _show(_compare(decoder, prompt, None, max_new_tokens))
+
+
+def _below(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise InputError(f"--dense-below is {text!r}; expected a number of tokens, or auto")
+    return int(text)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    parts = []
+    if file is not None:
+        try:
+            parts.append(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {file} as UTF-8 text: {error}") from error
+    if prompt is not None:
+        parts.append(prompt)
+    if not parts:
+        if sys.stdin.isatty():
+            raise InputError("no prompt; give it as an argument, with --file, or on standard input")
+        parts.append(sys.stdin.read())
+    return "\n\n".join(parts)
+
+
+def _compare(decoder: "SparseAttention", text: str, chat: bool | None, max_new_tokens: int) -> "Comparison":
+    from sparse_attention_decoder.measure.compare import side_by_side
+
+    ids = decoder.prompt_ids(text, chat)
+    decoder.check_ids(ids, new_tokens=max_new_tokens)
+    with progress_bar("reading the prompt", "tokens") as on_prefill, console.status("") as status:
+
+        def on_token(side: "Side") -> None:
+            status.update(f"decoding, {side.name}: {len(side.ids)} of {max_new_tokens} tokens")
+
+        return side_by_side(decoder, ids, max_new_tokens, on_prefill, on_token)
+
+
+def _show(comparison: "Comparison") -> None:
+    rate = comparison.prompt_tokens / comparison.prefill_seconds
+    out.print(
+        f"prompt: {comparison.prompt_tokens} tokens, read densely once in "
+        f"{comparison.prefill_seconds:.1f} s ({rate:.0f} tokens/s)\n"
+    )
+    table = Table(
+        "",
+        "tokens/s",
+        "ms per token",
+        "KV bytes read",
+        "tokens",
+        title="decoding, in turns on one prefill",
+        title_justify="left",
+    )
+    for side in comparison.sides:
+        label = {"transformers": "transformers, dense", "dense": "ours, dense", "sparse": "ours, sparse"}[side.name]
+        table.add_row(
+            label,
+            f"{side.tokens_per_second:.1f}",
+            f"{1000 / side.tokens_per_second:.1f}",
+            f"{side.share_read:.1%}",
+            str(len(side.ids)),
+        )
+    out.print(table)
+    sparse, dense = comparison.side("sparse"), comparison.side("dense")
+    stock = comparison.side("transformers")
+    out.print(
+        f"speed: sparse is {sparse.tokens_per_second / dense.tokens_per_second:.2f}x dense on our cache, "
+        f"{sparse.tokens_per_second / stock.tokens_per_second:.2f}x transformers"
+    )
+    out.print(f"read: sparse avoided {1 - sparse.share_read:.1%} of the KV cache's bytes, its index counted")
+    out.print(f"agreement: the first {comparison.agreeing} of {comparison.shortest} tokens are the same as dense\n")
+    for side in (dense, sparse):
+        out.print(f"[bold]{side.name}:[/bold] ", end="")
+        out.print(side.text.strip(), markup=False, highlight=False)

@@ -1,0 +1,54 @@
+"""What all commands share: where they print, how they load a model, the progress they show."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
+
+from sparse_attention_decoder.config import AttentionConfig
+
+if TYPE_CHECKING:
+    from sparse_attention_decoder.decoder import SparseAttention
+
+console = Console(stderr=True)
+# results go to stdout, so that they can be piped; progress and remarks to stderr
+out = Console(soft_wrap=True)
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Hub name, directory or GGUF file. Default: the embedded SmolLM2-135M-Instruct."
+    ),
+]
+OnProgress = Callable[[int, int], None]
+
+
+def load_model(model: str | None, config: AttentionConfig, **model_kwargs: Any) -> "SparseAttention":
+    """Load a model, saying what is done meanwhile."""
+    with console.status("starting") as status:
+        from sparse_attention_decoder.decoder import SparseAttention
+
+        return SparseAttention.from_pretrained(model, config, on_stage=status.update, **model_kwargs)
+
+
+@contextmanager
+def progress_bar(what: str, unit: str) -> Iterator[OnProgress]:
+    """A bar with the time left, to be told (done, total); it is gone when all is done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit}, left"),
+        TimeLeft(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, visible=False, total=None)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, visible=done < total)
+
+        yield report
