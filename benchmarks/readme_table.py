@@ -1,64 +1,112 @@
-"""Write the README's tables from the records: policies, defaults, kernels, end_to_end.
+"""Write the README's tables from the records: models/*.jsonl (bench and eval) and kernels.jsonl.
 
 python benchmarks/readme_table.py
 """
 
 import json
+import statistics
 from pathlib import Path
+
+from sparse_attention_decoder.measure.record import label, read
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 COMMENT = "<!-- {}: python benchmarks/readme_table.py -->\n", "<!-- end of {} -->\n"
+SMOL, QWEN = "SmolLM2-135M-Instruct.Q4_1", "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M"
+NAMES = {SMOL: "SmolLM2-135M", QWEN: "Qwen2.5-Coder-0.5B"}
+DEFAULT = "sketch, the default"
+SHOWN = (
+    DEFAULT, "sketch, 256", "oracle, 256", "quest, 256", "quest, 1024", "window, 512",
+    "snapkv, 256 (evicts)", "h2o, 256 (evicts)",
+)  # fmt: skip
 
 
-def rows() -> list[dict]:
-    """The default and every policy at a budget of 256 tokens."""
-    found = []
-    for name in ("defaults.jsonl", "policies.jsonl"):
-        for line in (HERE / name).read_text().splitlines():
-            row = json.loads(line)
-            config = row["config"]
-            is_default = (config["top_k"], config["threshold"], config["attention_window"]) == (32, 3e-5, 256)
-            is_shown = is_default if name == "defaults.jsonl" else config["top_k"] == 256
-            if is_shown:
-                found.append({**row, "label": "**the default**" if is_default else f"{config['policy']}, 256 tokens"})
-    return found
+def rows(kind: str, model: str) -> list[dict]:
+    """The records of one kind and model."""
+    found = read(sorted((HERE / "models").glob("*.jsonl")))
+    return [row for row in found if row["kind"] == kind and row["cell"]["model"] == model]
 
 
-def table() -> str:
-    """The rows as Markdown, contexts side by side."""
-    contexts = sorted({row["context"] for row in rows()})
-    head = " | ".join(f"{name} at {context}" for context in contexts for name in ("bytes", "KL", "top-1", "perplexity"))
-    lines = [f"| | {head} |", "|---" * (1 + 4 * len(contexts)) + "|"]
-    for label in dict.fromkeys(row["label"] for row in rows()):
+def bold(name: str) -> str:
+    """The default stands out."""
+    return f"**{name}**" if name == DEFAULT else name
+
+
+def agreement_table() -> str:
+    """Bytes and agreement of the policies, the longest common contexts of both models side by side."""
+    contexts = [(SMOL, 7000), (QWEN, 16000)]
+    heads = [f"{NAMES[model]} at {context:,}: bytes | KL | top-1 | perplexity" for model, context in contexts]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + 4 * len(contexts)) + "|"]
+    for name in SHOWN:
         cells = []
-        for context in contexts:
-            row = next(row for row in rows() if (row["label"], row["context"]) == (label, context))
-            cells += [f"{row['share_read']:.1%}", f"{row['kl']:.4f}", f"{row['top1']:.3f}", f"{row['ppl_change']:+.2%}"]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        for model, context in contexts:
+            here = [r["result"] for r in rows("agreement", model)
+                    if r["cell"]["context"] == context and label(r["cell"]) == name]  # fmt: skip
+            for row in here[:1]:
+                cells += [f"{row['share_read']:.1%}", f"{row['kl']:.4f}", f"{row['top1']:.3f}",
+                          f"{row['ppl_change']:+.2%}"]  # fmt: skip
+            cells += [] if here else ["-"] * 4
+        lines.append(f"| {bold(name)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def retrieval_table() -> str:
+    """Mean score over the samples of tasks that dense can do, and the bytes read."""
+    scores: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for model in (SMOL, QWEN):
+        for row in rows("retrieval", model):
+            cell = row["cell"]
+            key = f"{NAMES[model]}, {cell['task']}", f"{cell['length']:,}"
+            scores.setdefault(key, {}).setdefault(label(cell), []).append(row["result"])
+    sides = ["dense, our kernel", *(name for name in SHOWN if any(name in found for found in scores.values()))]
+    lines = [f"| | tokens | samples | {' | '.join(bold(side) for side in sides)} |", "|---" * (3 + len(sides)) + "|"]
+    for (task, length), found in scores.items():
+        dense = found["dense, our kernel"]
+        if statistics.fmean(result["score"] for result in dense) < 0.2:
+            continue
+        means = [f"{statistics.fmean(r['score'] for r in found[side]):.0%}" if side in found else "-" for side in sides]
+        lines.append(f"| {task} | {length} | {len(dense)} | {' | '.join(means)} |")
     return "\n".join(lines) + "\n"
 
 
 def token_table() -> str:
-    """Milliseconds a token of the newest end-to-end record, as Markdown."""
-    record = json.loads((HERE / "end_to_end.jsonl").read_text().splitlines()[-1])
-    lines = ["| | ms a token | sparse takes |", "|---|---|---|"]
-    for name, milliseconds in record["milliseconds"].items():
-        lines.append(f"| {name} | {milliseconds:.0f} | {record['sparse_over'][name]:.2f} of it |")
-    read = f"Sparse read {record['share_read']:.0%} of the bytes; {record['agreeing']} of {record['tokens']} tokens are"
-    return "\n".join(lines) + f"\n\n{read} those of dense.\n"
+    """Time per token, time to the first, memory, bytes and agreement of SmolLM2, per context."""
+    found = [row for row in rows("speed", SMOL) if row["cell"]["dtype"] == "float32" and row["cell"]["batch"] == 1]
+    lines = [
+        "| context | | ms a token | of transformers | of the ceiling | first token, s | peak MB | KV bytes "
+        "| KL | top-1 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(found, key=lambda row: row["cell"]["context"]):
+        cell, result = row["cell"], row["result"]
+        own = cell["engine"] != "ours" or cell["config"]["policy"] in ("dense", "sketch")
+        if not own or label(cell) == "sketch, 256":
+            continue
+        lines.append(
+            f"| {cell['context']:,} | {bold(label(cell))} | {result['step_ms']:.0f} "
+            f"| {result['over'].get('transformers', 0):.2f} | {shown(result.get('over_ceiling'), '.1f')} "
+            f"| {result['ttft_s']:.1f} | {shown(result['peak_bytes'] and result['peak_bytes'] / 1e6, '.0f')} "
+            f"| {shown(result.get('share_read'), '.0%')} | {shown(result.get('kl'), '.4f')} "
+            f"| {shown(result.get('top1'), '.2f')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number, or a dash for what was not measured."""
+    return "-" if value is None else f"{value:{form}}"
 
 
 def step_table() -> str:
     """One layer's step on two threads, from kernels.jsonl, as Markdown."""
     cells = [json.loads(line) for line in (HERE / "kernels.jsonl").read_text().splitlines()]
-    shown = [cell for cell in cells if cell["threads"] == 2 and cell["tokens"] > 2048]
+    chosen = [cell for cell in cells if cell["threads"] == 2 and cell["tokens"] > 2048]
     lines = [
         "| query / KV heads, channels | context | sparse, us | PyTorch's SDPA | PyTorch's best | our dense kernel |",
         "|---|---|---|---|---|---|",
     ]
     shapes = {"S": "9 / 3, 64", "L": "32 / 8, 128"}
-    for cell in sorted(shown, key=lambda cell: (cell["shape"] != "S", cell["tokens"])):
+    for cell in sorted(chosen, key=lambda cell: (cell["shape"] != "S", cell["tokens"])):
         names = ("sdpa_over_sparse", "best_torch_over_sparse", "dense_over_sparse")
         times = " | ".join(f"{cell[name]:.1f}x" for name in names)
         sparse = cell["microseconds"]["sparse"]
@@ -66,12 +114,20 @@ def step_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+TABLES = {
+    "agreement table": agreement_table,
+    "retrieval table": retrieval_table,
+    "token table": token_table,
+    "step table": step_table,
+}
+
+
 def with_table(text: str) -> str:
     """The README with its tables made anew."""
-    for name, made in (("table", table()), ("token table", token_table()), ("step table", step_table())):
+    for name, make in TABLES.items():
         begin, end = (mark.format(name) for mark in COMMENT)
         before, rest = text.split(begin)
-        text = before + begin + made + end + rest.split(end)[1]
+        text = before + begin + make() + end + rest.split(end)[1]
     return text
 
 

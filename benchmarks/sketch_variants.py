@@ -3,14 +3,13 @@
     python benchmarks/sketch_variants.py --text novel.txt --text code.txt
 
 One dense pass over a text; the queries of its last 128 positions then select among the keys before
-them, offline. This measures the selector alone: figures of decoding are in quality.py. Covered mass is
+them, offline. This measures the selector alone: figures of decoding come from `sparse-decoder eval`. Covered mass is
 true attention mass on sinks, window and selection, the mean over layers, heads and positions.
 """
 
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch
@@ -19,10 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-sys.path.insert(0, str(Path(__file__).parent))
-from quality import passages
-
 from sparse_attention_decoder.kernels.reference import STEP, rotate
+from sparse_attention_decoder.measure.texts import about, passages, texts
 from sparse_attention_decoder.models.loading import load
 
 SINKS, WINDOW, QUERIES = 4, 256, 128
@@ -95,9 +92,10 @@ def main() -> None:
     AttentionInterface.register("capture", capture)
     AttentionMaskInterface.register("capture", sdpa_mask)
     model.set_attn_implementation("capture")
-    ids, texts = passages(tokenizer, options.text, options.context)
+    found = texts(options.text)
+    ids = passages(found, lambda text: tokenizer(text).input_ids, options.context)
     rows = []
-    for row, text in zip(ids, texts, strict=True):
+    for row, text in zip(ids, about(found), strict=True):
         with torch.inference_mode():
             model(row[None], logits_to_keep=1, use_cache=False)
             for name, variant in VARIANTS.items():

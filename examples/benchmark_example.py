@@ -3,7 +3,8 @@
     python examples/benchmark_example.py [folder [context ...]]
 
 Takes under two minutes on two cores. The records, the pictures and a page go into `folder`, ./benchmark_example if
-left out; the contexts are 1,500 and 5,000 tokens. The same from the command line: sparse-decoder bench, sparse-decoder report.
+left out; the contexts are 1,500 and 5,000 tokens. The same from the command line: sparse-decoder bench, then
+sparse-decoder report.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ _LEGEND = (
     "to the first token; peak memory; KV bytes read, index counted, over dense; KL and agreement with dense"
 )
 
+ContextList = Annotated[list[int], typer.Option("--context", "-c", min=64, help="Tokens read; repeat for several.")]
 PolicyList = Annotated[list[str], typer.Option("--policy", "-p", help=f"Repeat for several: {', '.join(POLICIES)}.")]
 BudgetList = Annotated[
     list[str],
@@ -37,6 +39,23 @@ TextList = Annotated[
     list[Path], typer.Option("--text", help="A UTF-8 text to decode; default: Python's documentation and sources.")
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Default: what PyTorch takes.")]
+
+
+class Dtype(str, Enum):
+    """What weights are loaded as."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(str, Enum):
+    """Where everything runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 OutOption = Annotated[
     Path, typer.Option("--out", "-o", help="Records, one JSON line a cell; cells in it are not run again.")
 ]
@@ -46,16 +65,14 @@ OutOption = Annotated[
 def bench(
     ctx: typer.Context,
     model: ModelOption = None,
-    context: Annotated[list[int], typer.Option("--context", "-c", min=64, help="Tokens read; repeat for several.")] = [
-        4096
-    ],
+    context: ContextList = [4096],
     policy: PolicyList = ["sketch", "quest", "window"],
     budget: BudgetList = ["default", "256"],
     window: NearOption = None,
     batch: Annotated[list[int], typer.Option("--batch", min=1, help="Rows decoded together.")] = [1],
-    dtype: Annotated[list[str], typer.Option("--dtype", help="float32, bfloat16 or float16.")] = ["float32"],
+    dtype: Annotated[list[Dtype], typer.Option(help="Of the weights; repeat for several.")] = [Dtype.float32],
     threads: ThreadsOption = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[Device, typer.Option()] = Device.cpu,
     rounds: Annotated[int, typer.Option(min=1, help="Timed turns of 8 tokens for every side.")] = 6,
     text: TextList = [],
     peers: Annotated[
@@ -83,8 +100,9 @@ def bench(
     from sparse_attention_decoder.measure.speed.run import Plan, run
 
     plan = Plan(
-        tuple(context), tuple(configs(policy, budget, window)), out_file, model, tuple(batch), tuple(dtype), threads,
-        device, rounds, tuple(text), peers_folder if peers else None,
+        tuple(context), tuple(configs(policy, budget, window)), out_file, model, tuple(batch),
+        tuple(one.value for one in dtype), threads, device.value, rounds, tuple(text),
+        peers_folder if peers else None,
     )  # fmt: skip
     with _listener() as listener:
         for setting, rows in run(plan, listener):

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparse_attention_decoder.cli.bench import BudgetList, NearOption, OutOption, PolicyList, TextList, ThreadsOption
+from sparse_attention_decoder.cli.bench import (
+    BudgetList,
+    ContextList,
+    Dtype,
+    NearOption,
+    OutOption,
+    PolicyList,
+    TextList,
+    ThreadsOption,
+)
 from sparse_attention_decoder.cli.terminal import ModelOption, console, load_model, out, progress_bar
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import InputError
@@ -24,9 +33,7 @@ def evaluate(
         list[str] | None, typer.Argument(help="agreement, retrieval, answers; default: agreement and retrieval.")
     ] = None,
     model: ModelOption = None,
-    context: Annotated[list[int], typer.Option("--context", "-c", min=64, help="Tokens read; repeat for several.")] = [
-        4096
-    ],
+    context: ContextList = [4096],
     policy: PolicyList = ["sketch", "quest", "window"],
     budget: BudgetList = ["default", "256"],
     window: NearOption = None,
@@ -39,7 +46,7 @@ def evaluate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="answers: JSON lines as in LongBench or L-Eval.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
     threads: ThreadsOption = None,
     out_file: OutOption = Path("records/quality.jsonl"),
 ) -> None:
@@ -56,7 +63,7 @@ def evaluate(
 
       sparse-decoder eval answers --file questions.jsonl --chat
     """
-    wanted = _parts(parts, file)
+    wanted, form = _parts(parts, file), "chat" if chat else "base"
     import torch
 
     from sparse_attention_decoder.measure.evaluation import Evaluation
@@ -68,17 +75,33 @@ def evaluate(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    grid = configs(["dense", *policy], budget, window)
-    decoder = load_model(model, AttentionConfig(policy="dense"), dtype=getattr(torch, dtype))
+    decoder = load_model(model, AttentionConfig(policy="dense"), dtype=getattr(torch, dtype.value))
     with _listener() as listener:
+        grid = configs(["dense", *policy], budget, window)
         run = Evaluation(decoder, model_name(model), grid, Records(out_file, facts()), listener)
         if "agreement" in wanted:
             run.agreement(texts(text), context, steps)
         if "retrieval" in wanted:
-            run.retrieval(task or list(TASKS), context, "chat" if chat else "base", samples, seed)
+            run.retrieval(task or list(TASKS), context, form, samples, seed)
+            _sum_up(run.records.rows)
         if file is not None:
-            run.answers(file, "chat" if chat else "base")
+            run.answers(file, form)
     out.print(f"records: {out_file}; sparse-decoder report {out_file} draws them", highlight=False)
+
+
+def _sum_up(rows: list["Row"]) -> None:
+    """Mean scores of all samples in the file, with intervals, and what each side scores more than dense."""
+    from sparse_attention_decoder.measure.report.samples import scores
+
+    out.print("\nretrieval in all, 95 % intervals:")
+    for score in scores([row for row in rows if row["kind"] == "retrieval"]):
+        told = f"{score.mean:5.1f} % ({score.low:.0f} to {score.high:.0f}) of {score.samples}"
+        if score.dense_fails:
+            told += "; dense cannot do it, so it says nothing"
+        elif score.over_dense is not None:
+            over = score.over_dense
+            told += f"; {over.mean:+.1f} points over dense ({over.low:+.0f} to {over.high:+.0f})"
+        out.print(f"{score.task} {score.length}, {score.side.label}: {told}", markup=False, highlight=False)
 
 
 def _parts(parts: list[str] | None, file: Path | None) -> list[str]:

@@ -59,6 +59,8 @@ def run(plan: Plan, listener: Listener) -> Iterator[tuple[Setting, list[tuple[Ro
         InputError: too little text, or sides that cannot be compared. ContextLengthError: too long a context.
         WorkerError: a side's process failed.
     """
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, and this PyTorch sees none; use cpu, or install a CUDA build")
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
     records = Records(plan.out, facts(plan.device))
