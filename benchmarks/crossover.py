@@ -21,7 +21,7 @@ from sparse_attention_decoder.attention import LayerState, decode_step
 from sparse_attention_decoder.selection import Rows
 
 QUERY_HEADS, KV_HEADS, DIM = 9, 3, 64
-# what the default retrieves at 7,000 tokens of real text, see defaults.md; of shorter texts about a quarter
+# what the default retrieves at 7,000 tokens of real text, see report/report.md; of shorter texts about a quarter
 RETRIEVED = 750
 CACHES_BYTES = 400_000_000
 

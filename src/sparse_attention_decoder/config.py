@@ -32,8 +32,8 @@ class AttentionConfig:
             0 never forces dense. Policies that evict have nothing left to read densely, and ignore it.
     Raises:
         ConfigError: a value that cannot work; the message gives one that would.
-    The defaults keep perplexity within 1 % of dense on every text of benchmarks/defaults.md;
-    docs/experiments.md says what the cheaper settings there lose.
+    What the defaults keep is measured in benchmarks/report/report.md; docs/experiments.md says what
+    cheaper settings lose.
     """
 
     top_k: int = 32

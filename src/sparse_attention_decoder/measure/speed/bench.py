@@ -72,8 +72,9 @@ class Side:
 class Ceiling:
     """What must be read for one token at least, and how long this machine's memory takes for it.
 
-    bytes: weights, and keys and values of the whole context (dense), or the sinks and window (the least
-        that sparse reads, before its index and what it retrieves).
+    weight_bytes: of the weights that a step reads.
+    dense_bytes: keys and values of the whole context.
+    near_bytes: those of sinks and window, the least that sparse reads: its index and what it retrieves come on top.
     """
 
     bandwidth_gb_s: float
