@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -27,8 +29,10 @@ class Process:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
+            # Ctrl-C is for the parent alone, which then ends the worker and what that has started
+            start_new_session=True,
+        )  # fmt: skip
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Have it do something and wait for the answer.
@@ -58,7 +62,8 @@ class Process:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._child.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
         self._child.communicate()
         self._errors.close()
 

@@ -7,6 +7,7 @@ from sparse_attention_decoder.errors import InputError
 from sparse_attention_decoder.measure.peer import PEERS, Peer, installed, model_for
 from sparse_attention_decoder.measure.record import Records, Row
 from sparse_attention_decoder.measure.speed.bench import TURN, Listener, Setting, Side
+from sparse_attention_decoder.measure.speed.worker import WARM_UP
 
 
 def missing(setting: Setting, folder: Path, records: Records) -> list[Row]:
@@ -37,6 +38,7 @@ def join(setting: Setting, cell: Row, folder: Path, directory: str, stack: ExitS
     peer = stack.enter_context(Peer.installed_in(folder, name, setting.threads))
     listener.stage(f"{name} {cell['config'] or ''} loads and reads the prompt")
     loaded = peer.load(model, setting.context + (setting.rounds + 1) * TURN, cell["config"])
+    peer.read(setting.ids[0][:WARM_UP])
     first = peer.read(setting.ids[0][: setting.context])
 
     def turn(at: int, ids: list[list[int]]) -> Row:
