@@ -13,9 +13,9 @@ from test_decoder import tokenizer
 from tiny import build, prompt
 
 from sparse_attention_decoder import AttentionConfig, SparseAttention
-from sparse_attention_decoder.errors import InputError
+from sparse_attention_decoder.errors import InputError, WorkerError
 from sparse_attention_decoder.measure.record import Records, as_cell, label
-from sparse_attention_decoder.measure.speed.bench import BASELINES, TURN, Listener, Setting, measure, missing
+from sparse_attention_decoder.measure.speed.bench import BASELINES, TURN, Listener, Setting, Side, measure, missing
 from sparse_attention_decoder.measure.speed.worker import Ours, Stock
 
 CONTEXT, ROUNDS = 60, 2
@@ -136,6 +136,28 @@ def test_the_ceiling_is_told_before_anything_is_timed(directory: str) -> None:
 def test_sides_with_other_threads_or_weights_are_not_compared(directory: str, lie: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"differ in {next(iter(lie))}"):
         measured(directory, [BITING], **lie)
+
+
+def test_a_peer_that_fails_is_left_out_and_the_others_are_measured(directory: str) -> None:
+    own, told = setting(directory), []
+
+    def turn(at: int, ids: list[list[int]]) -> dict[str, Any]:
+        if len(turns) == 2:
+            raise WorkerError("it gave up")
+        turns.append(at)
+        return {"ms": [1.0] * TURN, "tokens": ids}
+
+    turns: list[int] = []
+    peers = [
+        Side(own.cell("llama.cpp", {}), turn, facts={"ttft_s": 1.0}),
+        Side(own.cell("openvino", {}), lambda at, ids: {"ms": [2.0] * TURN, "tokens": ids}, facts={"ttft_s": 1.0}),
+    ]
+    listener = Listener(told.append, lambda setting, ceiling: None, lambda done, total: None)
+    rows = list(measure(own, [BITING], Here(Ours()), Here(Stock()), peers, listener))
+    names = [label(cell) for cell, _ in rows]
+    assert names == ["transformers", "openvino", "dense, our kernel", "dense, SDPA on our cache", "sketch, 5, window 8"]
+    assert "left out: it gave up" in told
+    assert dict(zip(names, (result["step_ms"] for _, result in rows), strict=True))["openvino"] == 2.0
 
 
 def test_a_sparse_side_that_read_everything_is_refused(directory: str) -> None:

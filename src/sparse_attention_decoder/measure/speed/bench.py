@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparse_attention_decoder.config import AttentionConfig
-from sparse_attention_decoder.errors import InputError
+from sparse_attention_decoder.errors import InputError, WorkerError
 from sparse_attention_decoder.measure.record import OURS, Records, Row, as_cell, label
 
 # tokens decoded by one side before the next has its turn: noise of the machine then falls on all alike
@@ -136,8 +136,7 @@ def measure(
     listener.stage("transformers reads the prompt")
     theirs = Side(setting.cell(STOCK, {}), lambda at, ids: stock.ask("turn", ids=ids), lambda: stock.ask("finish"))
     theirs.facts = stock.ask("read", ids=setting.piece(0, setting.context))
-    everyone = [theirs, *peers, *sides]
-    _rounds(setting, everyone, ours, listener)
+    everyone = _rounds(setting, [theirs, *peers, *sides], ours, listener)
     for side in everyone:
         side.facts |= side.finish()
     for side in everyone:
@@ -169,27 +168,34 @@ def _our_side(setting: Setting, ours: Any, number: int, config: AttentionConfig)
     return Side(setting.cell(OURS, as_cell(config)), turn)
 
 
-def _rounds(setting: Setting, everyone: list[Side], ours: Any, listener: Listener) -> None:
-    """Turns of all sides; the first round warms up and is not counted."""
+def _rounds(setting: Setting, sides: list[Side], ours: Any, listener: Listener) -> list[Side]:
+    """Turns of all sides; the first round warms up and is not counted. A peer that fails is left out of the rest."""
     listener.stage("decoding in turns")
-    anchor = _anchor(everyone)
-    others = [side for side in everyone if side is not anchor]
-    numbers = {str(at): side for at, side in enumerate(side for side in everyone if side.cell["engine"] == OURS)}
+    anchor = _anchor(sides)
+    numbers = {str(at): side for at, side in enumerate(side for side in sides if side.cell["engine"] == OURS)}
+    others = [side for side in sides if side is not anchor]
+    total = (setting.rounds + 1) * len(sides)
     for number in range(setting.rounds + 1):
+        at, first = setting.context + number * TURN, number % len(others)
+        answers: list[tuple[Side, Row]] = []
         # another one begins every time
-        order = [*others[number % len(others) :], *others[: number % len(others)], anchor]
-        at = setting.context + number * TURN
-        answers = []
-        for done, side in enumerate(order):
-            answers.append(side.turn(at, setting.piece(at, TURN)))
-            listener.progress(number * len(everyone) + done + 1, (setting.rounds + 1) * len(everyone))
+        for side in [*others[first:], *others[:first], anchor]:
+            try:
+                answers.append((side, side.turn(at, setting.piece(at, TURN))))
+            except WorkerError as error:
+                if side.cell["engine"] in (OURS, STOCK):
+                    raise
+                listener.stage(f"left out: {error}")
+                others.remove(side)
+            listener.progress(min(total, number * len(sides) + len(answers)), total)
         strayed = ours.ask("compare")
         if number == 0:
             continue
-        for side, answer in zip(order, answers, strict=True):
-            _count(side, answer, answers[-1])
+        for side, answer in answers:
+            _count(side, answer, answers[-1][1])
         for key, kl in strayed.items():
             numbers[key].kl = (numbers[key].kl or 0.0) + kl
+    return [side for side in sides if side is anchor or side in others]
 
 
 def _count(side: Side, answer: Row, dense: Row) -> None:

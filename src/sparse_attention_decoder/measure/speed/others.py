@@ -37,7 +37,8 @@ def join(setting: Setting, cell: Row, folder: Path, directory: str, stack: ExitS
     model = model_for(name, setting.model, directory)
     peer = stack.enter_context(Peer.installed_in(folder, name, setting.threads))
     listener.stage(f"{name} {cell['config'] or ''} loads and reads the prompt")
-    loaded = peer.load(model, setting.context + (setting.rounds + 1) * TURN, cell["config"])
+    # one more than is fed: the token chosen last is held by some
+    loaded = peer.load(model, setting.context + (setting.rounds + 1) * TURN + 1, cell["config"])
     peer.read(setting.ids[0][:WARM_UP])
     first = peer.read(setting.ids[0][: setting.context])
 
