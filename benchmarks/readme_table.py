@@ -60,9 +60,11 @@ def retrieval_table() -> str:
             scores.setdefault(key, {}).setdefault(label(cell), []).append(row["result"])
     sides = ["dense, our kernel", *(name for name in SHOWN if any(name in found for found in scores.values()))]
     lines = [f"| | tokens | samples | {' | '.join(bold(side) for side in sides)} |", "|---" * (3 + len(sides)) + "|"]
-    for (task, length), found in scores.items():
+    for (task, length), found in sorted(
+        scores.items(), key=lambda item: (item[0][0], int(item[0][1].replace(",", "")))
+    ):
         dense = found["dense, our kernel"]
-        if statistics.fmean(result["score"] for result in dense) < 0.2:
+        if len(found) == 1 or statistics.fmean(result["score"] for result in dense) < 0.2:
             continue
         means = [f"{statistics.fmean(r['score'] for r in found[side]):.0%}" if side in found else "-" for side in sides]
         lines.append(f"| {task} | {length} | {len(dense)} | {' | '.join(means)} |")
@@ -70,25 +72,25 @@ def retrieval_table() -> str:
 
 
 def token_table() -> str:
-    """Time per token, time to the first, memory, bytes and agreement of SmolLM2, per context."""
-    found = [row for row in rows("speed", SMOL) if row["cell"]["dtype"] == "float32" and row["cell"]["batch"] == 1]
+    """Time per token, time to the first, memory, bytes and agreement, per model and context."""
     lines = [
-        "| context | | ms a token | of transformers | of the ceiling | first token, s | peak MB | KV bytes "
+        "| tokens | | ms a token | of transformers | of the ceiling | first token, s | peak MB | KV bytes "
         "| KL | top-1 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(found, key=lambda row: row["cell"]["context"]):
-        cell, result = row["cell"], row["result"]
-        own = cell["engine"] != "ours" or cell["config"]["policy"] in ("dense", "sketch")
-        if not own or label(cell) == "sketch, 256":
-            continue
-        lines.append(
-            f"| {cell['context']:,} | {bold(label(cell))} | {result['step_ms']:.0f} "
-            f"| {result['over'].get('transformers', 0):.2f} | {shown(result.get('over_ceiling'), '.1f')} "
-            f"| {result['ttft_s']:.1f} | {shown(result['peak_bytes'] and result['peak_bytes'] / 1e6, '.0f')} "
-            f"| {shown(result.get('share_read'), '.0%')} | {shown(result.get('kl'), '.4f')} "
-            f"| {shown(result.get('top1'), '.2f')} |"
-        )
+    for model in (SMOL, QWEN):
+        for row in sorted(rows("speed", model), key=lambda row: row["cell"]["context"]):
+            cell, result = row["cell"], row["result"]
+            own = cell["engine"] != "ours" or cell["config"]["policy"] in ("dense", "sketch")
+            if not own or label(cell) == "sketch, 256":
+                continue
+            lines.append(
+                f"| {NAMES[model]}, {cell['context']:,} | {bold(label(cell))} | {result['step_ms']:.0f} "
+                f"| {result['over'].get('transformers', 0):.2f} | {shown(result.get('over_ceiling'), '.1f')} "
+                f"| {result['ttft_s']:.1f} | {shown(result['peak_bytes'] and result['peak_bytes'] / 1e6, '.0f')} "
+                f"| {shown(result.get('share_read'), '.0%')} | {shown(result.get('kl'), '.4f')} "
+                f"| {shown(result.get('top1'), '.2f')} |"
+            )
     return "\n".join(lines) + "\n"
 
 

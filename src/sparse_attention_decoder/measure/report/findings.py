@@ -160,7 +160,11 @@ def _head(model: Model) -> str:
         parts += [f"top-1 {plain(row.top1, 2)}"] if row.top1 is not None else []
         parts += [f"perplexity {change(row.ppl_change)}"] if row.ppl_change is not None else []
     if speed is not None and (told := _time_ratio(speed)):
-        parts.append(told if place in (None, speed.context) else f"at {tokens(speed.context)} tokens {told}")
+        # a ratio from elsewhere says so: another context, or another dtype of the weights
+        if place not in (None, speed.context):
+            told = f"at {tokens(speed.context)} tokens {told}"
+        dtype = speed.setting.split(",")[0]
+        parts.append(f"{told} in {dtype}" if row is not None and row.setting != dtype else told)
         place, share = place or speed.context, share if share is not None else speed.share_read
     if place is None or share is None or not parts:
         return ""
