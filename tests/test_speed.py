@@ -14,8 +14,10 @@ from tiny import build, prompt
 
 from sparse_attention_decoder import AttentionConfig, SparseAttention
 from sparse_attention_decoder.errors import InputError, WorkerError
+from sparse_attention_decoder.measure.compare import TURN
+from sparse_attention_decoder.measure.machine import forget_peak, peak_bytes, resident_bytes
 from sparse_attention_decoder.measure.record import Records, as_cell, label
-from sparse_attention_decoder.measure.speed.bench import BASELINES, TURN, Listener, Setting, Side, measure, missing
+from sparse_attention_decoder.measure.speed.bench import BASELINES, Listener, Setting, Side, measure, missing
 from sparse_attention_decoder.measure.speed.worker import Ours, Stock
 
 CONTEXT, ROUNDS = 60, 2
@@ -49,7 +51,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def setting(directory: str, batch: int = 2) -> Setting:
     ids = prompt(batch, CONTEXT + (ROUNDS + 1) * TURN).tolist()
-    return Setting("tiny", directory, "float32", "cpu", torch.get_num_threads(), CONTEXT, ROUNDS, ids)
+    return Setting("tiny", directory, "float32", "cpu", torch.get_num_threads(), CONTEXT, ROUNDS, ids, 10.0)
 
 
 def measured(directory: str, configs: list[AttentionConfig], stages: list[str] | None = None, **lies: Any) -> Any:
@@ -115,6 +117,15 @@ def test_kl_is_that_of_the_fed_tokens_behind_a_dense_past(directory: str) -> Non
                 logp = model(ids[:, step : step + 1], past_key_values=cache).logits[:, -1].log_softmax(-1)
                 total.append((dense[:, step].exp() * (dense[:, step] - logp)).sum(-1))
     assert rows["sketch, 5, window 8"]["kl"] == pytest.approx(float(torch.stack(total).mean()), rel=0.02)
+
+
+def test_the_meters_are_no_part_of_a_sides_memory(directory: str) -> None:
+    if not forget_peak():
+        pytest.skip("this system cannot forget a peak")
+    before = resident_bytes()
+    Ours().load(directory, "float32", "cpu", torch.get_num_threads())
+    # a tiny model: measuring the bandwidth in this process would take 256 MB
+    assert peak_bytes() - before < 1 << 27
 
 
 def test_the_ceiling_is_told_before_anything_is_timed(directory: str) -> None:

@@ -154,8 +154,8 @@ def _show_ceiling(setting: "Setting", ceiling: "Ceiling") -> None:
 
 
 def _show(setting: "Setting", rows: list[tuple["Row", "Row"]]) -> None:
+    from sparse_attention_decoder.measure.compare import STOCK
     from sparse_attention_decoder.measure.record import label
-    from sparse_attention_decoder.measure.speed.bench import STOCK
 
     table = Table(box=None, pad_edge=False, title=f"context {setting.context}", title_justify="left")
     table.add_column("", min_width=18)

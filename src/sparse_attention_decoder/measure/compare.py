@@ -120,7 +120,7 @@ def side_by_side(
                     side.ids.append(token)
                     if on_token is not None:
                         on_token(side)
-                    if token in _ends(model) or len(side.ids) == max_new_tokens:
+                    if token in ends_of(model.model) or len(side.ids) == max_new_tokens:
                         running.remove(side)
                         break
     finally:
@@ -137,8 +137,9 @@ def _switch(model: SparseAttention, name: str) -> None:
         enable(model.model, model.config)
 
 
-def _ends(model: SparseAttention) -> set[int]:
-    ends = model.model.generation_config.eos_token_id
+def ends_of(model: Any) -> set[int]:
+    """The ids that end a text of this transformers model; none where it names none."""
+    ends = model.generation_config.eos_token_id
     if ends is None:
         return set()
     return set(ends) if isinstance(ends, list) else {int(ends)}

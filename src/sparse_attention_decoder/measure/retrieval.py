@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, InputError, UnsupportedError
+from sparse_attention_decoder.measure.compare import ends_of
 from sparse_attention_decoder.models.cache import SparseCache, SparseLayer
 from sparse_attention_decoder.selection import Reads
 
@@ -55,7 +56,7 @@ def answer(
     reading = cache.reconfigured(config)
     # transformers' own layers (sliding, linear) cannot be cropped: a copy of them is decoded on
     reading.layers = [layer if isinstance(layer, SparseLayer) else copy.deepcopy(layer) for layer in reading.layers]
-    ends = _ends(model)
+    ends = ends_of(model)
     written: list[int] = []
     try:
         for token in question_ids.to(model.device).split(1, dim=1):
@@ -101,10 +102,3 @@ def _require_sparse(cache: SparseCache, config: AttentionConfig, context: int) -
             f"the context of {context} tokens exceeds the budget of {config.budget_tokens}, but every step read all "
             f"of it, because dense_below={config.dense_below} waits for a longer one; use dense_below=0"
         )
-
-
-def _ends(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        return set()
-    return set(ends) if isinstance(ends, list) else {int(ends)}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from serve import serve  # type: ignore[import-not-found]
+from serve import serve
 
 
 class KvPress:
@@ -14,7 +14,7 @@ class KvPress:
 
     def __init__(self, model: str, threads: int, context: int, options: dict[str, Any]) -> None:
         import torch
-        from kvpress import SnapKVPress  # type: ignore[import-not-found]
+        from kvpress import SnapKVPress
         from transformers import AutoModelForCausalLM, DynamicCache
 
         torch.set_num_threads(threads)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serve import serve  # type: ignore[import-not-found]
+from serve import serve
 
 
 class LlamaCpp:
@@ -14,7 +14,7 @@ class LlamaCpp:
     packages = ("llama-cpp-python",)
 
     def __init__(self, model: str, threads: int, context: int, options: dict[str, Any]) -> None:
-        import llama_cpp  # type: ignore[import-not-found]
+        import llama_cpp
 
         self._library = llama_cpp
         self.what = f"weights as in {Path(model).name}, {options['kv']} keys and values"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serve import serve  # type: ignore[import-not-found]
+from serve import serve
 
 
 class OpenVino:
@@ -17,8 +17,8 @@ class OpenVino:
     packages = ("openvino-genai", "openvino")
 
     def __init__(self, model: str, threads: int, context: int, options: dict[str, Any]) -> None:
-        import openvino  # type: ignore[import-not-found]
-        import openvino_genai  # type: ignore[import-not-found]
+        import openvino
+        import openvino_genai
 
         self._openvino, self._genai, self._context = openvino, openvino_genai, context
         self.what = f"weights from {Path(model).name}, keys and values in OpenVINO's default, 8 bits"

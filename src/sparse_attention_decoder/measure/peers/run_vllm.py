@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from serve import serve  # type: ignore[import-not-found]
+from serve import serve
 
 
 class Vllm:
@@ -18,7 +18,7 @@ class Vllm:
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
         os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
         import torch
-        from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt  # type: ignore[import-not-found]
+        from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
 
         torch.set_num_threads(threads)
         self._prompt, self._params, self._context = TokensPrompt, SamplingParams, context

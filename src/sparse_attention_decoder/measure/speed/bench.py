@@ -7,11 +7,9 @@ from typing import Any
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import InputError, WorkerError
+from sparse_attention_decoder.measure.compare import STOCK, TURN
 from sparse_attention_decoder.measure.record import OURS, Records, Row, as_cell, label
 
-# tokens decoded by one side before the next has its turn: noise of the machine then falls on all alike
-TURN = 8
-STOCK = "transformers"
 # the dense baselines on our cache: our kernel, and PyTorch's SDPA
 BASELINES = (AttentionConfig(policy="dense"), AttentionConfig(policy="dense", backend="reference"))
 
@@ -22,6 +20,7 @@ class Setting:
 
     name: the model as records call it. model: what `load` takes.
     ids: B passages of `context + (rounds + 1) * TURN` token ids.
+    bandwidth_gb_s: of this machine. Measured outside the sides: what it allocates is no part of their memory.
     """
 
     name: str
@@ -32,6 +31,7 @@ class Setting:
     context: int
     rounds: int
     ids: list[list[int]]
+    bandwidth_gb_s: float
 
     def cell(self, engine: str, config: Row) -> Row:
         """What names a side's measurement here."""
@@ -157,7 +157,7 @@ def _ceiling(setting: Setting, facts: Row, prefill: Row) -> Ceiling:
     config = AttentionConfig()
     near = (config.sink_tokens + config.attention_window) / setting.context
     kv = prefill["kv_bytes"]
-    return Ceiling(facts["bandwidth_gb_s"], facts["weight_bytes"], kv, int(kv * min(1.0, near)))
+    return Ceiling(setting.bandwidth_gb_s, facts["weight_bytes"], kv, int(kv * min(1.0, near)))
 
 
 def _our_side(setting: Setting, ours: Any, number: int, config: AttentionConfig) -> Side:

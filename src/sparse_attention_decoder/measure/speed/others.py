@@ -4,9 +4,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sparse_attention_decoder.errors import InputError
+from sparse_attention_decoder.measure.compare import TURN
 from sparse_attention_decoder.measure.peer import PEERS, Peer, installed, model_for
 from sparse_attention_decoder.measure.record import Records, Row
-from sparse_attention_decoder.measure.speed.bench import TURN, Listener, Setting, Side
+from sparse_attention_decoder.measure.speed.bench import Listener, Setting, Side
 from sparse_attention_decoder.measure.speed.worker import WARM_UP
 
 

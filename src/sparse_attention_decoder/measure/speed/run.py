@@ -12,20 +12,12 @@ import torch
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.decoder import SparseAttention
 from sparse_attention_decoder.errors import ContextLengthError, InputError, WorkerError
+from sparse_attention_decoder.measure.compare import STOCK, TURN
 from sparse_attention_decoder.measure.machine import facts
 from sparse_attention_decoder.measure.process import Process
 from sparse_attention_decoder.measure.record import OURS, Records, Row, as_cell, model_name
 from sparse_attention_decoder.measure.speed import others
-from sparse_attention_decoder.measure.speed.bench import (
-    BASELINES,
-    STOCK,
-    TURN,
-    Listener,
-    Setting,
-    Side,
-    measure,
-    missing,
-)
+from sparse_attention_decoder.measure.speed.bench import BASELINES, Listener, Setting, Side, measure, missing
 from sparse_attention_decoder.measure.texts import passages, texts
 
 _WORKER = [sys.executable, "-m", "sparse_attention_decoder.measure.speed.worker"]
@@ -63,9 +55,13 @@ def run(plan: Plan, listener: Listener) -> Iterator[tuple[Setting, list[tuple[Ro
         raise InputError("device cuda was asked for, and this PyTorch sees none; use cpu, or install a CUDA build")
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
-    records = Records(plan.out, facts(plan.device))
+    machine = facts(plan.device)
+    records = Records(plan.out, machine)
+    # only its tokenizer is wanted here: the weights are loaded by the sides' processes
+    decoder = SparseAttention.from_pretrained(plan.model, dtype=torch.bfloat16)
+    directory = str(decoder.model.config._name_or_path)
     for dtype, batch, context in product(plan.dtypes, plan.batches, plan.contexts):
-        setting, directory = _setting(plan, dtype, batch, context)
+        setting = _setting(plan, decoder, dtype, batch, context, machine["bandwidth_gb_s"])
         todo = missing(setting, list(plan.configs), records)
         peers = [] if plan.peers is None else others.missing(setting, plan.peers, records)
         wanted = [*(setting.cell(OURS, as_cell(config)) for config in BASELINES), setting.cell(STOCK, {})]
@@ -96,10 +92,9 @@ def _joined(
     return found
 
 
-def _setting(plan: Plan, dtype: str, batch: int, context: int) -> tuple[Setting, str]:
-    """The prompt, and the directory that transformers has the model from."""
-    # only its tokenizer is wanted here: the weights are loaded by the sides' processes
-    decoder = SparseAttention.from_pretrained(plan.model, dtype=torch.bfloat16)
+def _setting(
+    plan: Plan, decoder: SparseAttention, dtype: str, batch: int, context: int, bandwidth_gb_s: float
+) -> Setting:
     limit, tokens = decoder.context_length, context + (plan.rounds + 1) * TURN
     if limit is not None and tokens > limit:
         raise ContextLengthError(
@@ -108,8 +103,7 @@ def _setting(plan: Plan, dtype: str, batch: int, context: int) -> tuple[Setting,
         )
     name, text = next(iter(texts(list(plan.texts)).items()))
     ids = passages({name: text}, lambda part: list(decoder.require_tokenizer()(part).input_ids), tokens * batch)
-    setting = Setting(
+    return Setting(
         model_name(plan.model), plan.model, dtype, plan.device, plan.threads or torch.get_num_threads(), context,
-        plan.rounds, ids.view(batch, tokens).tolist(),
+        plan.rounds, ids.view(batch, tokens).tolist(), bandwidth_gb_s,
     )  # fmt: skip
-    return setting, str(decoder.model.config._name_or_path)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.decoder import SparseAttention
 from sparse_attention_decoder.errors import SparseAttentionError
-from sparse_attention_decoder.measure.machine import bandwidth, forget_peak, peak_bytes, resident_bytes
+from sparse_attention_decoder.measure.machine import forget_peak, peak_bytes, resident_bytes
 from sparse_attention_decoder.models.adapter import disable, enable
 from sparse_attention_decoder.models.cache import SparseCache
 
@@ -50,7 +50,6 @@ class Ours:
         seconds = time.perf_counter() - begun
         return {
             "seconds": seconds,
-            "bandwidth_gb_s": bandwidth(device),
             "threads": torch.get_num_threads(),
             "weight_bytes": _weight_bytes(self.decoder.model),
             "fingerprint": _fingerprint(self.decoder.model),
