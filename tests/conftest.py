@@ -7,6 +7,10 @@ from hypothesis import settings
 
 from sparse_attention_decoder.kernels.cpu.library import ISAS, load
 
+# read when a kernel is defined, so it has to be set before Triton's kernels are imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # set where the compiled library has to be there: its tests fail without it then, and are skipped otherwise
 REQUIRE_CPU = "SPARSE_ATTENTION_DECODER_REQUIRE_CPU"
 

@@ -20,6 +20,7 @@ POLICIES = {
 # in the order in which "auto" asks them
 BACKENDS = {
     "cpu": f"{_HERE}.kernels.cpu:CpuKernels",
+    "triton": f"{_HERE}.kernels.triton:TritonKernels",
     "reference": f"{_HERE}.kernels.reference:ReferenceKernels",
 }
 

@@ -1,16 +1,16 @@
-"""What the compiled kernels take for granted, checked: they would read foreign memory without a word."""
+"""What kernels take for granted, checked: they would read foreign memory without a word."""
 
 import torch
 from torch import Tensor
 
 from sparse_attention_decoder.errors import ShapeError
-from sparse_attention_decoder.kernels.cpu.library import DTYPES
 from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Statistics
 from sparse_attention_decoder.selection import Regions
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MOST_DIM, MOST_GROUP = 1024, 256
 # a sketch that passed says so, for it comes back at every step
-_CHECKED = "_cpu_checked"
+_CHECKED = "_checked"
 
 
 def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -21,7 +21,7 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype:
 
 def check_keys(keys: Tensor, axes: int) -> None:
     """Raise ShapeError unless these can be keys: axes, dtype, channels."""
-    if keys.ndim != axes or keys.dtype not in DTYPES or not serves(keys.shape[-1]):
+    if keys.ndim != axes or keys.dtype not in FLOATS or not serves(keys.shape[-1]):
         raise ShapeError(
             f"keys are {keys.dtype} of shape {tuple(keys.shape)}; expected {axes} axes of float32, bfloat16 or "
             f"float16, the last a multiple of 8 up to {MOST_DIM}"
@@ -51,7 +51,7 @@ def check_cache(query: Tensor, keys: Tensor, values: Tensor) -> None:
 
 def check_query(query: Tensor, kv_heads: int) -> None:
     """Raise ShapeError unless queries [B, Hq, D] share this many KV heads evenly."""
-    if query.ndim != 3 or query.dtype not in DTYPES:
+    if query.ndim != 3 or query.dtype not in FLOATS:
         raise ShapeError(f"query is {query.dtype} of shape {tuple(query.shape)}; expected [B, Hq, D] of a cache dtype")
     if query.shape[1] % kv_heads:
         raise ShapeError(

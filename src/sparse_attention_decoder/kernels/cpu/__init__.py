@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import sparse_attention_decoder.kernels.cpu.operations as operations
-from sparse_attention_decoder.kernels.cpu.checks import MOST_DIM, serves
+from sparse_attention_decoder.kernels.checks import MOST_DIM, serves
 from sparse_attention_decoder.kernels.cpu.library import DTYPES, isa, load
 from sparse_attention_decoder.kernels.cpu.ops import NAMESPACE
 from sparse_attention_decoder.kernels.protocol import Coded, Request

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.errors import ShapeError
-from sparse_attention_decoder.kernels.cpu.checks import (
+from sparse_attention_decoder.kernels.checks import (
     check_cache,
     check_keys,
     check_query,

@@ -1,0 +1,278 @@
+"""Estimated logits of coded keys. `reference.score` is the definition.
+
+Codes come through shared memory as they are, 16 channels to a 32-bit word, and meet the query's 8-bit weights in
+integer tensor cores. A word needs one shift and four masks: the two planes that sit two bits higher count four times,
+and that factor is taken out of the float that the sum becomes. Measured on compiled code: docs/experiments.md.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_attention_decoder.errors import ShapeError
+from sparse_attention_decoder.kernels.checks import check_query, checked_sketch
+from sparse_attention_decoder.kernels.protocol import Coded
+from sparse_attention_decoder.kernels.triton.rotation import rotate
+from sparse_attention_decoder.kernels.triton.shapes import (
+    LOG2E,
+    NEAR_TILE,
+    SCORING,
+    Scratch,
+    Shape,
+    parts_on,
+    power_of_two,
+    row_major,
+)
+
+
+@triton.jit
+def planes(packed, PACKED: tl.constexpr):
+    """Planes of int8 codes [T, KB]: bits 0..1 as 0..3, and bits 2..3 as 0, 4, 8, 12; then the upper two likewise."""
+    if PACKED:
+        # four bytes to an instruction; left to itself the compiler takes them one by one
+        upper = tl.inline_asm_elementwise("shr.b32 $0, $1, 4;", "=r,r", [packed], tl.int8, True, 4)
+        first = tl.inline_asm_elementwise("and.b32 $0, $1, 0x03030303;", "=r,r", [packed], tl.int8, True, 4)
+        second = tl.inline_asm_elementwise("and.b32 $0, $1, 0x0c0c0c0c;", "=r,r", [packed], tl.int8, True, 4)
+        third = tl.inline_asm_elementwise("and.b32 $0, $1, 0x03030303;", "=r,r", [upper], tl.int8, True, 4)
+        fourth = tl.inline_asm_elementwise("and.b32 $0, $1, 0x0c0c0c0c;", "=r,r", [upper], tl.int8, True, 4)
+    else:
+        first, second = (packed & 3).to(tl.int8), (packed & 12).to(tl.int8)
+        third, fourth = ((packed >> 4) & 3).to(tl.int8), ((packed >> 4) & 12).to(tl.int8)
+    return first, second, third, fourth
+
+
+@triton.jit
+def load_codes(codes, start, stop, T: tl.constexpr, W: tl.constexpr, KB: tl.constexpr):
+    """Packed codes [T, KB] of T tokens from `start`, a multiple of 16; blocks that begin at or behind `stop` are 0."""
+    codes += start.to(tl.int64) * (4 * W)
+    if 4 * W == KB:
+        # whole blocks as they lie, 16 bytes to a load
+        block = tl.arange(0, T // 16)
+        raw = tl.load(
+            codes + block[:, None] * (64 * W) + tl.arange(0, 64 * W)[None, :],
+            mask=(start + block * 16 < stop)[:, None], other=0,
+        )  # fmt: skip
+        packed = tl.reshape(tl.permute(tl.reshape(raw, (T // 16, W, 16, 4)), (0, 2, 1, 3)), (T, KB))
+    else:
+        token, byte = tl.arange(0, T), tl.arange(0, KB)
+        place = (token // 16 * (64 * W) + token % 16 * 4)[:, None] + (byte // 4 * 64 + byte % 4)[None, :]
+        there = (start + token // 16 * 16 < stop)[:, None] & (byte < 4 * W)[None, :]
+        packed = tl.load(codes + place, mask=there, other=0)
+    return packed
+
+
+@triton.jit
+def weigh_query(query, mean, deviation, parts, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """The rotated query as whole weights [GP, DP], their step, their sum, and its product with the mean."""
+    head, channel = tl.arange(0, GP), tl.arange(0, DP)
+    inside = (head < G)[:, None] & (channel < D)[None, :]
+    x = tl.load(query + head[:, None] * D + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = rotate(x, parts, GP, D, DP)
+    spread = tl.load(deviation + channel, mask=channel < D, other=0.0)
+    centre = tl.load(mean + channel, mask=channel < D, other=0.0)
+    weights = x * spread[None, :]
+    step = tl.max(tl.abs(weights), 1) / 127
+    whole = tl.where((step > 0)[:, None], tl.div_rn(weights, tl.where(step > 0, step, 1.0)[:, None]), 0.0)
+    # adding 1.5 * 2^23 leaves no bits behind the point: rounds to the nearest, halves to the even
+    whole = (whole + 12582912.0) - 12582912.0
+    return whole, step, tl.sum(whole, 1), tl.sum(x * centre[None, :], 1)
+
+
+@triton.jit
+def plane_weights(whole, plane: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, KB: tl.constexpr):
+    """Weights int8 [KB, GP] of the channels in bits 2 * plane of the code's bytes."""
+    byte = tl.arange(0, KB)
+    channel = tl.broadcast_to(tl.minimum(plane * 4 * W + byte, D - 1)[None, :], (GP, KB))
+    own = tl.where((byte < 4 * W) & (plane * 4 * W + byte < D), 1.0, 0.0)[None, :]
+    return tl.trans((tl.gather(whole, channel, 1) * own).to(tl.int8))
+
+
+@triton.jit
+def near_mass(
+    query, keys, key_token, near, near_valid, count, scale,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    MARKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Largest exact logit [GP] and sum of exponentials, base 2, of the `count` tokens listed in `near`."""
+    head, channel, item = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, N)
+    inside = (head < G)[None, :] & (channel < D)[:, None]
+    q = tl.load(query + head[None, :] * D + channel[:, None], mask=inside, other=0.0)
+    peak, mass = tl.full((GP,), float("-inf"), tl.float32), tl.zeros((GP,), tl.float32)
+    for begin in range(0, count, N):
+        listed = begin + item < count
+        if MARKED:
+            listed &= tl.load(near_valid + begin + item, mask=listed, other=0) != 0
+        token = tl.load(near + begin + item, mask=listed, other=0).to(tl.int64)
+        k = tl.load(
+            keys + token[:, None] * key_token + channel[None, :],
+            mask=listed[:, None] & (channel < D)[None, :], other=0.0,
+        )  # fmt: skip
+        if UPCAST:
+            k = k.to(tl.float32)
+            logits = tl.dot(k, q.to(tl.float32), input_precision="ieee") * scale
+        else:
+            logits = tl.dot(k, q, input_precision="ieee") * scale
+        logits = tl.where(listed[:, None], logits, float("-inf"))
+        peak, mass = add_mass(peak, mass, logits)
+    return peak, mass
+
+
+@triton.jit
+def add_mass(peak, mass, logits):
+    """Largest logit and sum of exponentials, base 2, with those of logits [T, GP] taken in."""
+    highest = tl.maximum(peak, tl.max(logits, 0))
+    # where there is nothing yet: no infinity minus infinity
+    level = tl.where(highest == float("-inf"), 0.0, highest)
+    mass = mass * tl.exp2(peak - level) + tl.sum(tl.exp2(logits - level[None, :]), 0)
+    return highest, mass
+
+
+@triton.jit
+def score_kernel(
+    query, codes, factors, mean, deviation, parts, keys, near, near_valid, middle, bounds, logits, base, peaks, masses,
+    query_row, code_row, factor_row, key_row, key_head, key_token, near_count, middle_row, room, scale,
+    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    W: tl.constexpr, KB: tl.constexpr, T: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, NEARS: tl.constexpr,
+    MARKED: tl.constexpr, MASKED: tl.constexpr, PLAIN: tl.constexpr, PACKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A program scores one share of the middle of one row and KV head; the last NEARS programs weigh sinks and window.
+
+    middle: [B, high - low] bool, where MASKED: which tokens of it count.
+    bounds: [B, 4] int32: the middle is low .. high - 1; start < stop: the row is read whole, so nothing is scored.
+    logits: [rows, room, GS], of tokens from the block of `low` on: float16 below the largest of their tile, base 2,
+        which goes to base [rows, room / T, GP]; with PLAIN float32, as they are.
+    peaks, masses: [rows, SPLITS + NEARS, GP], of each program's logits: the largest, and the sum of exponentials.
+    """
+    row, split = tl.program_id(0), tl.program_id(1)
+    b, head = row // HEADS, row % HEADS
+    low, high = tl.load(bounds + 4 * b), tl.load(bounds + 4 * b + 1)
+    whole_row = tl.load(bounds + 4 * b + 2) < tl.load(bounds + 4 * b + 3)
+    g = tl.arange(0, GP)
+    query += b.to(tl.int64) * query_row + head * (G * D)
+    place = (row.to(tl.int64) * (SPLITS + NEARS) + split) * GP + g
+    if split >= SPLITS:
+        if not whole_row:
+            share = tl.cdiv(near_count, NEARS)
+            begin = (split - SPLITS) * share
+            count = tl.minimum(share, near_count - begin)
+            keys += b.to(tl.int64) * key_row + head.to(tl.int64) * key_head
+            listed = b.to(tl.int64) * near_count + begin
+            peak, mass = near_mass(
+                query, keys, key_token, near + listed, near_valid + listed, count, scale,
+                G, GP, D, DP, N, MARKED, UPCAST,
+            )  # fmt: skip
+            tl.store(peaks + place, peak)
+            tl.store(masses + place, mass)
+    elif not whole_row:
+        peak, mass = score_share(
+            query, codes + row.to(tl.int64) * code_row, factors + row.to(tl.int64) * factor_row,
+            mean + row * D, deviation + row * D, parts, middle + b.to(tl.int64) * middle_row,
+            logits + row.to(tl.int64) * room * GS, base + row.to(tl.int64) * (room // T) * GP, low, high, split, scale,
+            G, GP, GS, D, DP, W, KB, T, SPLITS, MASKED, PLAIN, PACKED,
+        )  # fmt: skip
+        tl.store(peaks + place, peak)
+        tl.store(masses + place, mass)
+
+
+@triton.jit
+def score_share(
+    query, codes, factors, mean, deviation, parts, middle, logits, base, low, high, split, scale,
+    G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    W: tl.constexpr, KB: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr, PLAIN: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Score every tile of one share of one head's middle; its largest logit [GP] and sum of exponentials."""
+    whole, step, total, centre = weigh_query(query, mean, deviation, parts, G, GP, D, DP)
+    first_weights = plane_weights(whole, 0, GP, D, W, KB)
+    second_weights = plane_weights(whole, 1, GP, D, W, KB)
+    third_weights = plane_weights(whole, 2, GP, D, W, KB)
+    fourth_weights = plane_weights(whole, 3, GP, D, W, KB)
+    g, token = tl.arange(0, GP), tl.arange(0, T)
+    start = low // 16 * 16
+    tiles = tl.cdiv(tl.maximum(high - start, 0), T)
+    if high <= low:
+        tiles = 0
+    own = tl.cdiv(tiles, SPLITS)
+    # the definition's scaling * (along * factor * step / 2 + centre), along being half of what is summed less 3 * total
+    slope, level = scale * step * 0.25, scale * centre
+    offset = slope * 6 * total
+    peak, mass = tl.full((GP,), float("-inf"), tl.float32), tl.zeros((GP,), tl.float32)
+    for tile in range(split * own, tl.minimum(tiles, split * own + own)):
+        at = start + tile * T
+        packed = load_codes(codes, at, high, T, W, KB)
+        first, second, third, fourth = planes(packed, PACKED)
+        ones = tl.dot(first, first_weights, out_dtype=tl.int32)
+        ones = tl.dot(third, third_weights, acc=ones, out_dtype=tl.int32)
+        fours = tl.dot(second, second_weights, out_dtype=tl.int32)
+        fours = tl.dot(fourth, fourth_weights, acc=fours, out_dtype=tl.int32)
+        sums = (ones * 4 + fours).to(tl.float32)
+        inside = (at + token >= low) & (at + token < high)
+        if MASKED:
+            inside &= tl.load(middle + at + token - low, mask=inside, other=0) != 0
+        factor = tl.load(factors + at + token, mask=inside, other=0.0).to(tl.float32)
+        x = (sums * slope[None, :] - offset[None, :]) * factor[:, None] + level[None, :]
+        place = (tile * T + token)[:, None] * GS + g[None, :]
+        if PLAIN:
+            tl.store(logits + place, x, mask=inside[:, None] & (g < GS)[None, :])
+        else:
+            x = tl.where(inside[:, None], x, float("-inf"))
+            highest = tl.max(x, 0)
+            tl.store(base + tile * GP + g, highest)
+            tl.store(logits + place, (x - highest[None, :]).to(tl.float16), mask=(g < GS)[None, :])
+            peak, mass = add_mass(peak, mass, x)
+    return peak, mass
+
+
+# what inline assembly and 16-bit tensor cores need is not in the interpreter
+INTERPRETED = not isinstance(score_kernel, triton.runtime.JITFunction)
+
+
+def launch_score(
+    shape: Shape, query: Tensor, coded: Coded, keys: Tensor, near: Tensor, near_valid: Tensor | None,
+    middle: Tensor | None, bounds: Tensor, scratch: Scratch, scaling: float,
+) -> None:  # fmt: skip
+    """Score the middle of every row and weigh what is near, into the scratch: see `score_kernel`."""
+    codes, factors, statistics = row_major(coded)
+    score_kernel[(shape.rows, scratch.score_splits + scratch.near_splits)](
+        query, codes, factors, statistics.mean, statistics.deviation, parts_on(shape.dim, shape.device), keys,
+        near, near if near_valid is None else near_valid, bounds if middle is None else middle, bounds,
+        scratch.logits, scratch.base, scratch.peaks, scratch.masses,
+        query.stride(0), codes.stride(1), factors.stride(1), *keys.stride()[:3], near.shape[-1],
+        0 if middle is None else middle.stride(0), scratch.room, scaling * LOG2E,
+        shape.heads, shape.group, shape.scored_group, shape.stored_group, shape.dim, power_of_two(shape.dim),
+        shape.words, shape.code_bytes, shape.score_tile, NEAR_TILE, scratch.score_splits, scratch.near_splits,
+        near_valid is not None, middle is not None, False, not INTERPRETED, INTERPRETED,
+    )  # fmt: skip
+
+
+def score(query: Tensor, coded: Coded, low: int, high: int, scaling: float) -> Tensor:
+    """Estimated logits [B, Hkv, G, high - low], float32, of queries [B, Hq, D] against coded keys.
+
+    Raises:
+        ShapeError: query and sketch do not fit together, or low .. high - 1 are not all coded.
+    """
+    heads = coded.codes.shape[1]
+    check_query(query, heads)
+    shape = Shape.of(query, heads, query.shape[2])
+    coded = checked_sketch(coded, shape.batch, heads, shape.dim)
+    if not 0 <= low <= high <= coded.factors.shape[2]:
+        raise ShapeError(f"tokens {low} to {high} are not all within a sketch of {coded.factors.shape[2]} tokens")
+    query = query.contiguous()
+    codes, factors, statistics = row_major(coded)
+    room = -(-(high - low + 16) // shape.score_tile) * shape.score_tile
+    splits = shape.splits(SCORING, shape.score_tile, room)
+    logits = torch.empty(shape.rows, room, shape.stored_group, device=query.device)
+    bounds = torch.tensor([low, high, 0, 0], dtype=torch.int32, device=query.device).repeat(shape.batch, 1)
+    unused = torch.empty(shape.rows, splits, shape.scored_group, device=query.device)
+    score_kernel[(shape.rows, splits)](
+        query, codes, factors, statistics.mean, statistics.deviation, parts_on(shape.dim, shape.device), query,
+        bounds, bounds, bounds, bounds, logits, unused, unused, unused,
+        query.stride(0), codes.stride(1), factors.stride(1), 0, 0, 0, 0, 0, room, scaling,
+        heads, shape.group, shape.scored_group, shape.stored_group, shape.dim, power_of_two(shape.dim),
+        shape.words, shape.code_bytes, shape.score_tile, NEAR_TILE, splits, 0,
+        False, False, True, not INTERPRETED, INTERPRETED,
+    )  # fmt: skip
+    skipped = low % 16
+    of = logits[:, skipped : skipped + high - low, : shape.group].transpose(1, 2)
+    return of.reshape(shape.batch, heads, shape.group, high - low).contiguous()
