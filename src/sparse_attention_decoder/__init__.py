@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sparse_attention_decoder.decoder import SparseAttention
     from sparse_attention_decoder.models.adapter import disable, enable
     from sparse_attention_decoder.models.cache import SparseCache
+    from sparse_attention_decoder.models.static import StaticSparseCache
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "SparseAttention",
     "SparseAttentionError",
     "SparseCache",
+    "StaticSparseCache",
     "disable",
     "enable",
 ]
@@ -26,6 +28,7 @@ __all__ = [
 _LAZY = {
     "SparseAttention": "decoder",
     "SparseCache": "models.cache",
+    "StaticSparseCache": "models.static",
     "disable": "models.adapter",
     "enable": "models.adapter",
 }

@@ -1,24 +1,27 @@
 """SparseAttention: ids in, logits out; text in, text or attention scores out."""
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from sparse_attention_decoder.config import AttentionConfig
-from sparse_attention_decoder.errors import ContextLengthError, InputError
+from sparse_attention_decoder.errors import ConfigError, InputError
 from sparse_attention_decoder.models.adapter import enable
 from sparse_attention_decoder.models.cache import SparseCache
+from sparse_attention_decoder.models.ids import check_ids
 from sparse_attention_decoder.models.loading import load
+from sparse_attention_decoder.models.static import StaticSparseCache
+from sparse_attention_decoder.models.stopping import StopWhen
 from sparse_attention_decoder.trace import Trace, trace_layer
 
 DEFAULT_NEW_TOKENS = 256
 PREFILL_CHUNK = 1024
+CAPACITY_STEP = 4096
 
 Progress = Callable[[int, int], None]
 
@@ -91,18 +94,37 @@ class SparseAttention(nn.Module):
             self.check_ids(input_ids, cache.get_seq_length() if cache is not None else 0)
         return self.model(input_ids, **kwargs)
 
-    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, input_ids: Tensor | None = None, *, compile: bool = False, **kwargs: Any) -> Any:
         """transformers' `generate`: sampling, beams, stopping criteria and streamers included.
 
+        Args:
+            compile: decode on a StaticSparseCache with room for prompt and max_new_tokens: on CUDA transformers then
+                compiles the whole step into one graph. One answer a prompt; the first tokens wait for the compiler.
         Raises:
             InputError: empty, not integer, out of vocabulary.
             ContextLengthError: prompt and max_new_tokens together exceed the model's context.
+            ConfigError: compile without ids or max_new_tokens, or with a cache. BackendError: compile without Triton.
         """
+        settings = kwargs.get("generation_config")
+        wanted = kwargs.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
         if input_ids is not None:
-            settings = kwargs.get("generation_config")
-            wanted = kwargs.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
             self.check_ids(input_ids, 0, wanted)
+        if compile:
+            if input_ids is None or not wanted or kwargs.get("past_key_values") is not None:
+                raise ConfigError("compile=True needs input_ids and max_new_tokens, and makes the cache itself")
+            kwargs["past_key_values"] = self._read_into_static(input_ids, kwargs.get("attention_mask"), wanted)
         return self.model.generate(input_ids, **kwargs)
+
+    def _read_into_static(
+        self, ids: Tensor, mask: Tensor | None, new_tokens: int, on_progress: Progress | None = None
+    ) -> StaticSparseCache:
+        total = ids.shape[1] + new_tokens
+        # a compiled step is of one capacity: in coarse steps, so that another prompt seldom needs another
+        cache = StaticSparseCache(self.model.config, self.config, -(-total // CAPACITY_STEP) * CAPACITY_STEP)
+        if ids.shape[1] > 3 and (mask is None or bool(mask.all())):
+            # two tokens are left to generate: one alone would be a decode step
+            self._read(ids[:, :-2], cache, on_progress)
+        return cache
 
     def complete(self, text: str, max_new_tokens: int | None = None, chat: bool | None = None, **kwargs: Any) -> str:
         """Answer or continue a text.
@@ -140,7 +162,6 @@ class SparseAttention(nn.Module):
         kwargs = {**kwargs, "attention_mask": torch.ones_like(ids), "max_new_tokens": room}
         return self._stream(ids, on_prefill, kwargs)
 
-    @torch.no_grad()
     def prefill(
         self, input_ids: Tensor, on_progress: Progress | None = None, watched: Iterable[str] = ()
     ) -> SparseCache:
@@ -152,21 +173,25 @@ class SparseAttention(nn.Module):
         Raises:
             InputError: empty, not integer, out of vocabulary. ContextLengthError: too long.
         """
-        self.check_ids(input_ids, 0)
         cache = SparseCache(self.model.config, self.config)
         cache.watch(watched)
-        total = input_ids.shape[1]
+        self._read(input_ids, cache, on_progress)
+        return cache
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor, cache: SparseCache | StaticSparseCache, on_progress: Progress | None) -> None:
+        self.check_ids(ids, 0)
+        total = ids.shape[1]
         done = 0
         while done < total:
             # a last chunk of one token would be a decode step, and read sparsely: it joins the one before
             size = total - done if total - done == PREFILL_CHUNK + 1 else PREFILL_CHUNK
-            chunk = input_ids[:, done : done + size]
+            chunk = ids[:, done : done + size]
             # the backbone alone: logits of a prompt are large and nobody reads them
             self.model.base_model(chunk.to(self.model.device), past_key_values=cache, use_cache=True)
             done += chunk.shape[1]
             if on_progress is not None:
                 on_progress(done, total)
-        return cache
 
     def trace(self, text: str, chat: bool = False) -> Trace:
         """Attention scores: for the text's last position, the tokens read by every layer and KV head.
@@ -217,25 +242,7 @@ class SparseAttention(nn.Module):
         Raises:
             InputError: empty, not integer, out of vocabulary. ContextLengthError: too long.
         """
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.numel() == 0:
-            shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-            raise InputError(f"input_ids have shape {shape}; expected [B, T] with at least one token")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise InputError(f"input_ids are {ids.dtype}; expected integers, as a tokenizer gives them")
-        size = self.model.get_input_embeddings().num_embeddings
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= size:
-            wrong = low if low < 0 else high
-            raise InputError(
-                f"token id {wrong} is outside the vocabulary of {size}; was another model's tokenizer used?"
-            )
-        limit, total = self.context_length, past + ids.shape[1]
-        if limit is not None and total + new_tokens > limit:
-            way_out = f"shorten the prompt by {total + max(1, new_tokens) - limit} tokens"
-            if total < limit:
-                way_out += f" or use max_new_tokens={limit - total}"
-            asked = f" and {new_tokens} new ones" if new_tokens else ""
-            raise ContextLengthError(f"{total} tokens{asked} exceed the model's context of {limit}; {way_out}")
+        check_ids(ids, self.model.get_input_embeddings().num_embeddings, self.context_length, past, new_tokens)
 
     @property
     def context_length(self) -> int | None:
@@ -252,7 +259,7 @@ class SparseAttention(nn.Module):
 
     def _stream(self, ids: Tensor, on_prefill: Progress | None, kwargs: dict[str, Any]) -> Iterator[str]:
         streamer = TextIteratorStreamer(self.require_tokenizer(), skip_prompt=True, skip_special_tokens=True)
-        stop = _StopWhen()
+        stop = StopWhen()
         criteria = [*kwargs.pop("stopping_criteria", []), stop]
 
         def report(done: int, total: int) -> None:
@@ -264,7 +271,10 @@ class SparseAttention(nn.Module):
 
         def work() -> None:
             try:
-                if on_prefill is not None and ids.shape[1] > 2:
+                if kwargs.pop("compile", False):
+                    progress = None if on_prefill is None else report
+                    kwargs["past_key_values"] = self._read_into_static(ids, None, kwargs["max_new_tokens"], progress)
+                elif on_prefill is not None and ids.shape[1] > 2:
                     # two tokens are left to generate: one alone would be a decode step, and read sparsely
                     kwargs["past_key_values"] = self.prefill(ids[:, :-2], report)
                 self.generate(ids, streamer=streamer, stopping_criteria=criteria, **kwargs)
@@ -285,13 +295,3 @@ class SparseAttention(nn.Module):
         if self.tokenizer is None:
             raise InputError("text needs a tokenizer; pass tokenizer=... or use ids with generate()")
         return self.tokenizer
-
-
-class _StopWhen(StoppingCriteria):
-    """Ends a generation at the next token once `now` is set."""
-
-    def __init__(self) -> None:
-        self.now = threading.Event()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.now.is_set(), device=input_ids.device)

@@ -27,7 +27,7 @@ def facts() -> Iterator[tuple[str, str]]:
     for name, row in BACKENDS.items():
         kernels = load(row)()
         reason = kernels.refuses(Request(device, torch.float32, 64))
-        usable = f"usable; its sparse step is faster than dense from {kernels.crossover_tokens} tokens on"
+        usable = f"usable; contexts of {kernels.crossover_tokens} tokens and more are read sparsely"
         detail = f"{isa()}; " if reason is None and name == "cpu" else ""
         yield f"backend {name}", detail + usable if reason is None else f"not usable: {reason}"
     try:

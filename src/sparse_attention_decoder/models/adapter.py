@@ -19,6 +19,7 @@ from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import NonFiniteError, UnsupportedError
 from sparse_attention_decoder.models import families
 from sparse_attention_decoder.models.cache import LAYER_TAG, STOCK_TAG, SparseCache, SparseLayer
+from sparse_attention_decoder.models.static import StaticSparseCache, StaticSparseLayer
 from sparse_attention_decoder.selection import Rows
 
 logger = logging.getLogger(__name__)
@@ -125,11 +126,13 @@ def sparse_attention_forward(
     for name in _MODIFIERS:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} passes {name}, which sparse attention does not support")
-    layer: SparseLayer | None = getattr(key, LAYER_TAG, None)
+    layer: SparseLayer | StaticSparseLayer | None = getattr(key, LAYER_TAG, None)
     # a model may change keys or values behind the cache, as MLA and differential attention do
     if getattr(value, LAYER_TAG, None) is not layer:
         layer = None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(layer, StaticSparseLayer):
+        return _attend_static(module, query, layer, attention_mask, dropout, scale)
     rows = None
     if query.shape[2] == 1 and dropout == 0.0:
         if query.requires_grad or key.requires_grad or value.requires_grad:
@@ -152,6 +155,24 @@ def sparse_attention_forward(
     return decoded.output.unsqueeze(1), None
 
 
+def _attend_static(
+    module: nn.Module, query: Tensor, layer: StaticSparseLayer, mask: Tensor | None, dropout: float, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """A decode step whose length the device knows, or a prompt: no host, no mask and no allocation in the first."""
+    if query.shape[2] == 1:
+        assert layer.state is not None
+        return layer.state.read(query[:, :, 0], scale).unsqueeze(1), None
+
+    def attend(keys: Tensor, values: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, keys, values, seen, dropout=dropout, scaling=scale
+        )
+        return output
+
+    output: tuple[Tensor, Tensor | None] = layer.attend_prompt(query, mask, attend)
+    return output
+
+
 def _rows(batch: int, length: int, mask: Tensor | None) -> Rows | None:
     """The rows that a mask's newest query sees; None for a mask only SDPA understands."""
     if mask is None:
@@ -170,6 +191,9 @@ def _rows(batch: int, length: int, mask: Tensor | None) -> Rows | None:
 
 def _give_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Forward pre-hook: put a SparseCache where the model would make a dynamic one."""
+    if isinstance(kwargs.get("past_key_values"), StaticSparseCache):
+        # a compiled step goes through here: nothing to find out, and nothing a compiler could stumble over
+        return args, kwargs
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
     # forward collects what it does not name under its own **kwargs
     given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
