@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs in Triton: the operations of `reference`, a decode step in three launches."""
+"""Kernels for NVIDIA GPUs in Triton: the operations of `reference`; a decode step scores, selects and attends."""
 
 import os
 from importlib.util import find_spec

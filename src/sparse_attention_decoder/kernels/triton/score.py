@@ -114,18 +114,19 @@ def near_mass(
         else:
             logits = tl.dot(k, q, input_precision="ieee") * scale
         logits = tl.where(listed[:, None], logits, float("-inf"))
-        peak, mass = add_mass(peak, mass, logits)
+        highest = tl.max(logits, 0)
+        # where there is nothing: no infinity minus infinity
+        below = logits - tl.where(highest == float("-inf"), 0.0, highest)[None, :]
+        peak, mass = add_mass(peak, mass, highest, tl.sum(tl.exp2(below), 0))
     return peak, mass
 
 
 @triton.jit
-def add_mass(peak, mass, logits):
-    """Largest logit and sum of exponentials, base 2, with those of logits [T, GP] taken in."""
-    highest = tl.maximum(peak, tl.max(logits, 0))
-    # where there is nothing yet: no infinity minus infinity
-    level = tl.where(highest == float("-inf"), 0.0, highest)
-    mass = mass * tl.exp2(peak - level) + tl.sum(tl.exp2(logits - level[None, :]), 0)
-    return highest, mass
+def add_mass(peak, mass, highest, more):
+    """Largest logit and sum of exponentials, base 2, with another pair taken in."""
+    new = tl.maximum(peak, highest)
+    level = tl.where(new == float("-inf"), 0.0, new)
+    return new, mass * tl.exp2(peak - level) + more * tl.exp2(highest - level)
 
 
 @triton.jit
@@ -219,8 +220,9 @@ def score_share(
             x = tl.where(inside[:, None], x, float("-inf"))
             highest = tl.max(x, 0)
             tl.store(base + tile * GP + g, highest)
-            tl.store(logits + place, (x - highest[None, :]).to(tl.float16), mask=(g < GS)[None, :])
-            peak, mass = add_mass(peak, mass, x)
+            below = x - tl.where(highest == float("-inf"), 0.0, highest)[None, :]
+            tl.store(logits + place, below.to(tl.float16), mask=(g < GS)[None, :])
+            peak, mass = add_mass(peak, mass, highest, tl.sum(tl.exp2(below), 0))
     return peak, mass
 
 

@@ -1,10 +1,10 @@
 """Which tokens to read: a threshold with a floor and a cap, exact. `reference.select` is the definition.
 
-Several programs share a row. Each turns the logits of its part into the group's shares of attention, 16 tokens a block.
-The best of a block stands for it in a coarse histogram of the row: at least as many tokens as blocks lie above a bin,
-so blocks below the bin of the `floor`-th best, and below the threshold, hold nothing to choose. Tokens that remain are
-candidates. The last program to finish finds the exact cut among them, five bits of the share at a time, and lists the
-chosen in the order of the text. How many candidates there are depends on who finishes when; what is chosen does not.
+Two kernels. The first turns logits into the group's shares of attention and keeps the best of every block of 16 tokens,
+in memory and in a coarse histogram of its row. As many tokens as blocks lie above a bin at least, so blocks below the
+bin of the `floor`-th best, and below the threshold, hold nothing to choose. The second takes up the tokens of the other
+blocks: several programs share a row, each lists the candidates of its part, and the last to finish finds the exact cut
+among all of them by halving, and lists the chosen in the order of the text.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparse_attention_decoder.kernels.checks import check_shape
 from sparse_attention_decoder.kernels.triton.shapes import (
+    CANDIDATES,
     HISTOGRAM,
     LOG2E,
     SELECT_TILE,
@@ -25,153 +26,174 @@ from sparse_attention_decoder.kernels.triton.shapes import (
     Shape,
     threshold_bits,
 )
-from sparse_attention_decoder.kernels.triton.shares import (
-    BLOCK,
-    COARSE,
-    keep_candidates,
-    list_blocks,
-    lowest_of_best,
-    normaliser,
-    weigh_blocks,
-)
+from sparse_attention_decoder.kernels.triton.shares import BLOCK, COARSE, part_of, share_bits, weigh_kernel
 
 NO_CAP = 2**31 - 1
-# values that five bits of a share have
-FINE = tl.constexpr(32)
 
 
 @triton.jit
-def place_of(item, facts, part, SPLITS: tl.constexpr):
-    """Where the candidates numbered `item` lie: those of a part stand at its beginning, `part` places apart."""
-    place, passed = item, 0
-    for split in range(SPLITS):
-        kept = tl.load(facts + 4 * split)
-        passed += kept
-        place += tl.where(item >= passed, part - kept, 0)
-    return place
+def coarse_cut(histogram, wanted):
+    """Bits such that at least `wanted` blocks of a row have a share of as much; 0 if there are fewer."""
+    bins = tl.arange(0, COARSE)
+    blocks = tl.load(histogram + bins)
+    from_here = tl.sum(blocks, 0) - tl.cumsum(blocks, 0) + blocks
+    bin = tl.sum((from_here >= wanted).to(tl.int32), 0) - 1
+    return tl.where(bin > 0, (bin + 384) << 21, 0)
 
 
 @triton.jit
-def digit_of(bits, digit, prefix):
-    """Histogram of the five bits from `digit` on, of those whose higher bits are `prefix`."""
-    inside = (bits >= 0) & ((bits >> (digit + 5)) == prefix)
-    return tl.histogram((tl.maximum(bits, 0) >> digit) & (FINE - 1), FINE, mask=inside)
+def list_blocks(blocks, listed, first, last, cut, T: tl.constexpr):
+    """List those of the blocks first .. last - 1 that may hold a candidate, and say how many."""
+    kept = 0
+    for at in range(first, last, T):
+        place = at + tl.arange(0, T)
+        keep = tl.load(blocks + place, mask=place < last, other=-1) >= cut
+        tl.store(listed + first + kept + tl.cumsum(keep.to(tl.int32), 0) - 1, place, mask=keep)
+        kept += tl.sum(keep.to(tl.int32), 0)
+    return kept
 
 
 @triton.jit
-def exact_cut(bits, found_bits, facts, candidates, count, part, SPLITS: tl.constexpr, T: tl.constexpr):
-    """Bits of the `count`-th best candidate, and how many of those equal to it are wanted; `bits` are the first T."""
-    cut, wanted = 0, count
-    for step in tl.static_range(6):
-        digit = 25 - 5 * step
-        histogram = digit_of(bits, digit, cut)
-        for at in range(T, candidates, T):
-            item = at + tl.arange(0, T)
-            place = place_of(item, facts, part, SPLITS)
-            histogram += digit_of(tl.load(found_bits + place, mask=item < candidates, other=-1), digit, cut)
-        own, above = lowest_of_best(histogram, wanted, FINE)
-        wanted -= above
-        cut = (cut << 5) | own
-    return cut, wanted
+def keep_candidates(
+    logits, base, middle, listed, found, found_bits, skipped, width, lse, begin, blocks_kept, cut,
+    G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, PLAIN: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """List the candidates of a part's listed blocks, in order, and say how many."""
+    item, kept = tl.arange(0, T), 0
+    for at in range(0, blocks_kept * BLOCK, T):
+        block = tl.load(listed + begin // BLOCK + (at + item) // BLOCK, mask=at + item < blocks_kept * BLOCK, other=-1)
+        token = tl.where(block >= 0, block * BLOCK + item % BLOCK, -1)
+        bits = share_bits(logits, base, middle, token, skipped, width, lse, G, GP, GS, TILE, not PLAIN, MASKED)
+        keep = bits >= cut
+        place = begin + kept + tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.store(found + place, token, mask=keep)
+        tl.store(found_bits + place, bits, mask=keep)
+        kept += tl.sum(keep.to(tl.int32), 0)
+    return kept
 
 
 @triton.jit
-def list_chosen(
-    found, found_bits, facts, candidates, tokens, first, cut, ties, part, SPLITS: tl.constexpr, T: tl.constexpr
-):
+def candidates(values, at, kept, part, other, SPLITS: tl.constexpr, C: tl.constexpr):
+    """Values [SPLITS, C] of the candidates at .. at + C - 1 of every part; `other` where a part has no more."""
+    split, item = tl.arange(0, SPLITS), at + tl.arange(0, C)
+    place = (split * part)[:, None] + item[None, :]
+    return tl.load(values + place, mask=item[None, :] < kept[:, None], other=other)
+
+
+@triton.jit
+def exact_cut(bits, found_bits, kept, most, part, wanted, low, SPLITS: tl.constexpr, C: tl.constexpr):
+    """Bits that `wanted` candidates exceed, and 0; or the largest that too many have, and how many of those to take.
+
+    bits: the candidates [SPLITS, C] that come first in each part.  low: as many as are wanted have at least these bits.
+    """
+    # shares are below 2, so 2^30 is above all of them
+    high = tl.full((), 1 << 30, tl.int32)
+    at_low, at_high = wanted + 1, 0
+    while (high - low > 1) & (at_low != wanted):
+        half = low + (high - low) // 2
+        count = tl.sum(tl.sum((bits >= half).to(tl.int32), 1), 0)
+        for at in range(C, most, C):
+            more = candidates(found_bits, at, kept, part, -1, SPLITS, C)
+            count += tl.sum(tl.sum((more >= half).to(tl.int32), 1), 0)
+        enough = count >= wanted
+        low, at_low = tl.where(enough, half, low), tl.where(enough, count, at_low)
+        high, at_high = tl.where(enough, high, half), tl.where(enough, at_high, count)
+    exact = at_low == wanted
+    return tl.where(exact, low - 1, low), tl.where(exact, 0, wanted - at_high)
+
+
+@triton.jit
+def before(counts):
+    """How many there are in all parts before each."""
+    return tl.cumsum(counts, 0) - counts
+
+
+@triton.jit
+def list_chosen(found, found_bits, kept, most, tokens, first, cut, ties, part, SPLITS: tl.constexpr, C: tl.constexpr):
     """Write the tokens above the cut and the first `ties` at it, in order; returns their mass."""
-    chosen, equal, mass = 0, 0, 0.0
-    for at in range(0, candidates, T):
-        item = at + tl.arange(0, T)
-        there = item < candidates
-        place = place_of(item, facts, part, SPLITS)
-        bits = tl.load(found_bits + place, mask=there, other=-1)
-        tied = bits == cut
-        take = (bits > cut) | (tied & (equal + tl.cumsum(tied.to(tl.int32), 0) <= ties))
-        to = chosen + tl.cumsum(take.to(tl.int32), 0) - 1
-        tl.store(tokens + to, first + tl.load(found + place, mask=there, other=0), mask=take)
-        mass += tl.sum(tl.where(take & (bits > 0), bits.to(tl.float32, bitcast=True), 0.0), 0)
-        equal += tl.sum(tied.to(tl.int32), 0)
-        chosen += tl.sum(take.to(tl.int32), 0)
+    over, tied = tl.zeros((SPLITS,), tl.int32), tl.zeros((SPLITS,), tl.int32)
+    for at in range(0, most, C):
+        bits = candidates(found_bits, at, kept, part, -1, SPLITS, C)
+        over += tl.sum((bits > cut).to(tl.int32), 1)
+        tied += tl.sum((bits == cut).to(tl.int32), 1)
+    rank = before(tied)
+    # of the ties of a part those that are still wanted
+    place = before(over + tl.maximum(tl.minimum(tied, ties - rank), 0))
+    mass = 0.0
+    for at in range(0, most, C):
+        bits = candidates(found_bits, at, kept, part, -1, SPLITS, C)
+        equal = (bits == cut).to(tl.int32)
+        take = (bits > cut) | ((equal > 0) & (rank[:, None] + tl.cumsum(equal, 1) <= ties))
+        taken = take.to(tl.int32)
+        token = first + candidates(found, at, kept, part, 0, SPLITS, C)
+        tl.store(tokens + place[:, None] + tl.cumsum(taken, 1) - 1, token, mask=take)
+        mass += tl.sum(tl.sum(tl.where(take & (bits > 0), bits.to(tl.float32, bitcast=True), 0.0), 1), 0)
+        rank += tl.sum(equal, 1)
+        place += tl.sum(taken, 1)
     return mass
 
 
 @triton.jit
 def choose(
-    found, found_bits, facts, part_masses, tokens, counts, missing, row, first, floor, cap, limit, part,
-    SPLITS: tl.constexpr, T: tl.constexpr,
+    found, found_bits, facts, part_masses, tokens, counts, missing, row, first, floor, cap, limit, lowest, part,
+    SPLITS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The exact choice of one row from the candidates of all its parts."""
     split = tl.arange(0, SPLITS)
-    candidates, above = tl.sum(tl.load(facts + 4 * split), 0), tl.sum(tl.load(facts + 4 * split + 1), 0)
-    real, mass = tl.sum(tl.load(facts + 4 * split + 2), 0), tl.sum(tl.load(part_masses + split), 0)
+    kept = tl.load(facts + 4 * split)
+    above, real = tl.sum(tl.load(facts + 4 * split + 1), 0), tl.sum(tl.load(facts + 4 * split + 2), 0)
+    mass, most = tl.sum(tl.load(part_masses + split), 0), tl.max(kept, 0)
     count = tl.minimum(tl.maximum(tl.minimum(floor, real), above), cap)
     cut, ties = limit, 0
     if count != above:
-        item = tl.arange(0, T)
-        bits = tl.load(found_bits + place_of(item, facts, part, SPLITS), mask=item < candidates, other=-1)
-        cut, ties = exact_cut(bits, found_bits, facts, candidates, count, part, SPLITS, T)
+        bits = candidates(found_bits, 0, kept, part, -1, SPLITS, C)
+        cut, ties = exact_cut(bits, found_bits, kept, most, part, count, lowest, SPLITS, C)
     taken = 0.0
     if count > 0:
-        taken = list_chosen(found, found_bits, facts, candidates, tokens, first, cut, ties, part, SPLITS, T)
+        taken = list_chosen(found, found_bits, kept, most, tokens, first, cut, ties, part, SPLITS, C)
     tl.store(counts + row, count)
     tl.store(missing + row, tl.maximum(mass - taken, 0.0))
 
 
 @triton.jit
 def select_kernel(
-    logits, base, peaks, masses, middle, bounds, blocks, listed, found, found_bits, facts, part_masses, histogram, turn,
-    tokens, counts, missing, room, middle_row, partials, floor, cap, limit,
+    logits, base, middle, bounds, lse, blocks, facts, part_masses, histogram, listed, found, found_bits, turn,
+    tokens, counts, missing, room, middle_row, floor, cap, limit,
     HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, PLAIN: tl.constexpr, MASKED: tl.constexpr,
+    SPLITS: tl.constexpr, C: tl.constexpr, PLAIN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """SPLITS programs choose for each row and KV head, the last to finish among what all have kept.
 
-    logits, base, peaks, masses, bounds: as score_kernel leaves them.
-    limit: bits of the threshold; those of infinity are off.
-    blocks, listed: [rows, room / 16], found, found_bits: [rows, room], facts: [rows, SPLITS, 4], int32, and
-        part_masses: [rows, SPLITS] float32: what each program leaves.
-    histogram: [rows, COARSE] int32 and turn: [rows] int32, 0 before and after.
+    lse, blocks, facts, part_masses, histogram: as weigh_kernel leaves them; the histogram is 0 afterwards.
+    listed: [rows, room / 16], found, found_bits: [rows, room] int32.  turn: [rows] int32, 0 before and after.
     tokens: [rows, room], positions in the text; counts [rows] int32; missing [rows] float32.
     """
     row, split = tl.program_id(0), tl.program_id(1)
     b = row // HEADS
-    low, high = tl.load(bounds + 4 * b), tl.load(bounds + 4 * b + 1)
-    start = low // BLOCK * BLOCK
-    # a row that is read whole has an empty middle
-    width = tl.where(high > low, high - start, 0)
-    part = tl.cdiv(tl.cdiv(width, SPLITS), TILE) * TILE
-    begin, end = split * part, tl.minimum(width, split * part + part)
+    skipped, width, part, end = part_of(bounds + 4 * b, split, SPLITS, TILE)
+    begin = split * part
     at = row.to(tl.int64) * room
-    logits += at * GS
-    base += row.to(tl.int64) * (room // TILE) * GP
-    middle += b.to(tl.int64) * middle_row
-    blocks, listed = blocks + at // BLOCK, listed + at // BLOCK
     facts, part_masses, histogram = facts + row * (SPLITS * 4), part_masses + row * SPLITS, histogram + row * COARSE
-    floor, skipped = tl.minimum(floor, cap), low - start
-    # where the middle is empty nothing was scored: what lies there is not of this step
-    scored = tl.where(width > 0, partials, 0)
-    lse = normaliser(peaks + row * partials * GP, masses + row * partials * GP, scored, GP, GS, 64)
-    weigh_blocks(
-        logits, base, middle, blocks, facts + 4 * split, part_masses + split, skipped, width, lse, begin, end, limit,
-        G, GP, GS, TILE, PLAIN, MASKED,
-    )  # fmt: skip
+    cut = tl.minimum(coarse_cut(histogram, tl.minimum(floor, cap)), limit + 1)
+    blocks_kept = list_blocks(
+        blocks + at // BLOCK, listed + at // BLOCK, begin // BLOCK, tl.cdiv(tl.maximum(end, begin), BLOCK), cut, T
+    )
     # each thread reads what others of its program wrote
     tl.debug_barrier()
-    last = tl.cdiv(tl.maximum(end, begin), BLOCK)
-    cut, kept = list_blocks(blocks, listed, histogram, begin // BLOCK, last, floor, limit, T)
-    tl.debug_barrier()
-    keep_candidates(
-        logits, base, middle, listed, found + at, found_bits + at, facts + 4 * split, skipped, width, lse,
-        begin, kept, cut, G, GP, GS, T, TILE, PLAIN, MASKED,
+    kept = keep_candidates(
+        logits + at * GS, base + row.to(tl.int64) * (room // TILE) * GP, middle + b.to(tl.int64) * middle_row,
+        listed + at // BLOCK, found + at, found_bits + at, skipped, width, tl.load(lse + row * GS + tl.arange(0, GS)),
+        begin, blocks_kept, cut, G, GP, GS, T, TILE, PLAIN, MASKED,
     )  # fmt: skip
+    tl.store(facts + 4 * split, kept)
     # what all threads of this program wrote has to be there before its turn is counted
     tl.debug_barrier()
     if tl.atomic_add(turn + row, 1, sem="acq_rel") == SPLITS - 1:
         tl.debug_barrier()
         choose(
             found + at, found_bits + at, facts, part_masses, tokens + at, counts, missing,
-            row, start, floor, cap, limit, part, SPLITS, T,
+            row, tl.load(bounds + 4 * b) - skipped, floor, cap, limit, cut, part, SPLITS, C,
         )  # fmt: skip
         tl.store(histogram + tl.arange(0, COARSE), tl.zeros((COARSE,), tl.int32))
         tl.store(turn + row, 0)
@@ -182,14 +204,19 @@ def launch_select(
     missing: Tensor, floor: int, threshold: float,
 ) -> None:  # fmt: skip
     """Choose from what `launch_score` left in the scratch, into tokens [rows, room], counts [rows], missing [rows]."""
-    select_kernel[(shape.rows, scratch.select_splits)](
-        scratch.logits, scratch.base, scratch.peaks, scratch.masses, bounds if middle is None else middle, bounds,
-        scratch.blocks, scratch.listed, scratch.found, scratch.found_bits, scratch.facts, scratch.part_masses,
-        scratch.histogram, scratch.turn, tokens, counts, missing, scratch.room,
-        0 if middle is None else middle.stride(0), scratch.peaks.shape[1],
-        floor, NO_CAP, threshold_bits(threshold),
-        shape.heads, shape.group, shape.scored_group, shape.stored_group, SELECT_TILE, shape.score_tile,
-        scratch.select_splits, False, middle is not None, num_warps=8,
+    mask, mask_row = (bounds, 0) if middle is None else (middle, middle.stride(0))
+    limit, splits = threshold_bits(threshold), scratch.select_splits
+    sizes = shape.heads, shape.group, shape.scored_group, shape.stored_group
+    weigh_kernel[(shape.rows, splits)](
+        scratch.logits, scratch.base, scratch.peaks, scratch.masses, mask, bounds, scratch.lse, scratch.blocks,
+        scratch.facts, scratch.part_masses, scratch.histogram, scratch.room, mask_row, scratch.peaks.shape[1], limit,
+        *sizes, shape.score_tile, splits, False, middle is not None,
+    )  # fmt: skip
+    select_kernel[(shape.rows, splits)](
+        scratch.logits, scratch.base, mask, bounds, scratch.lse, scratch.blocks, scratch.facts, scratch.part_masses,
+        scratch.histogram, scratch.listed, scratch.found, scratch.found_bits, scratch.turn, tokens, counts, missing,
+        scratch.room, mask_row, floor, NO_CAP, limit,
+        *sizes, SELECT_TILE, shape.score_tile, splits, CANDIDATES // splits, False, middle is not None, num_warps=8,
     )  # fmt: skip
 
 
@@ -221,12 +248,18 @@ def select(
     tokens, counts = torch.zeros(rows, room, dtype=torch.int64, device=device), ints(rows)
     missing, bounds = torch.empty(rows, device=device), ints(batch, 4)
     bounds[:, 1] = width
+    blocks, facts, histogram = ints(rows, room // 16), ints(rows, splits, 4), ints(rows, HISTOGRAM)
+    lse, part_masses = torch.empty(rows, stored, device=device), torch.empty(rows, splits, device=device)
+    mask, limit = bounds if middle is None else middle.contiguous(), threshold_bits(threshold)
+    weigh_kernel[(rows, splits)](
+        by_token, peaks, peaks, torch.ones_like(peaks), mask, bounds, lse, blocks, facts, part_masses, histogram,
+        room, width, 1, limit, heads, group, stored, stored, shape.score_tile, splits, True, middle is not None,
+    )  # fmt: skip
     select_kernel[(rows, splits)](
-        by_token, peaks, peaks, torch.ones_like(peaks), bounds if middle is None else middle.contiguous(), bounds,
-        ints(rows, room // 16), ints(rows, room // 16), ints(rows, room), ints(rows, room), ints(rows, splits, 4),
-        torch.empty(rows, splits, device=device), ints(rows, HISTOGRAM), ints(rows), tokens, counts, missing,
-        room, width, 1, floor, NO_CAP if cap is None else cap, threshold_bits(threshold),
-        heads, group, stored, stored, SELECT_TILE, shape.score_tile, splits, True, middle is not None, num_warps=8,
+        by_token, peaks, mask, bounds, lse, blocks, facts, part_masses, histogram, ints(rows, room // 16),
+        ints(rows, room), ints(rows, room), ints(rows), tokens, counts, missing,
+        room, width, floor, NO_CAP if cap is None else cap, limit, heads, group, stored, stored,
+        SELECT_TILE, shape.score_tile, splits, CANDIDATES // splits, True, middle is not None, num_warps=8,
     )  # fmt: skip
     chosen = tokens.view(batch, heads, room)[..., :width] + low
     return chosen, counts.view(batch, heads).long(), missing.view(batch, heads)

@@ -11,13 +11,14 @@ from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Statistics
 from sparse_attention_decoder.kernels.rotation import rotation_parts
 
 LOG2E = 1.4426950408889634
-# programs per multiprocessor: score streams; the other two have little to read, and a sum over programs at the end
-SCORING, SELECTING, ATTENDING = 4, 1, 1
+# programs per multiprocessor at most: score streams, the others have little to read and a sum over programs at the end
+SCORING, SELECTING, ATTENDING = 4, 2, 2
 # tokens a step of each kernel takes; on a GPU many are in flight at once
-SELECT_TILE, ATTEND_TILE, NEAR_TILE, ENCODE_TILE, FIT_TILE = 2048, 64, 64, 16, 32
+SELECT_TILE, ATTEND_TILE, NEAR_TILE, ENCODE_TILE, FIT_TILE = 1024, 64, 64, 16, 32
 # near tokens that one program of the score kernel weighs
 NEAR_SHARE = 128
-HISTOGRAM = 64
+# bins of a row's coarse histogram, and candidates of a row that its last program holds in registers
+HISTOGRAM, CANDIDATES = 128, 2048
 
 
 def power_of_two(count: int) -> int:
@@ -80,9 +81,9 @@ class Shape:
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
 
     def splits(self, busy: int, least: int, tokens: int) -> int:
-        """Programs for each row and head: `busy` a multiprocessor in all, of `least` tokens each at least."""
-        wanted = power_of_two(-(-busy * self.multiprocessors // self.rows))
-        return min(wanted, power_of_two(-(-max(1, tokens) // least)), 64)
+        """Programs for each row and head: at most `busy` a multiprocessor in all, of `least` tokens each at least."""
+        most = max(1, min(busy * self.multiprocessors // self.rows, -(-tokens // least), 64))
+        return 1 << (most.bit_length() - 1)
 
 
 class Scratch:
@@ -96,6 +97,7 @@ class Scratch:
     base: Tensor
     peaks: Tensor
     masses: Tensor
+    lse: Tensor
     blocks: Tensor
     listed: Tensor
     found: Tensor
@@ -140,6 +142,7 @@ class Scratch:
             "base": (real, (rows, self.room // shape.score_tile, scored)),
             "peaks": (real, (rows, partials, scored)),
             "masses": (real, (rows, partials, scored)),
+            "lse": (real, (rows, stored)),
             "blocks": (whole, (rows, self.room // BLOCK)),
             "listed": (whole, (rows, self.room // BLOCK)),
             "found": (whole, (rows, self.room)),

@@ -1,11 +1,11 @@
-"""Shares of attention from logits, and the tokens that may be among those chosen. `select.py` says why they may."""
+"""The group's shares of attention from logits, and the best of every block. `select.py` says what for."""
 
 import triton
 import triton.language as tl
 
 from sparse_attention_decoder.kernels.triton.shapes import HISTOGRAM
 
-# shares are positive floats, so their bits order as integers; half octaves from 2^-31 on make 64 coarse bins
+# shares are positive floats, so their bits order as integers; quarter octaves from 2^-31 on make the coarse bins
 COARSE = tl.constexpr(HISTOGRAM)
 # tokens of a block of codes: logits begin with the block that `low` is in
 BLOCK = tl.constexpr(16)
@@ -32,11 +32,11 @@ def normaliser(peaks, masses, partials, GP: tl.constexpr, GS: tl.constexpr, P: t
 @triton.jit
 def share_bits(
     logits, base, middle, token, skipped, width, lse,
-    G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, TILE: tl.constexpr, BASE: tl.constexpr, MASKED: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, TILE: tl.constexpr, BASED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Bits of the group's shares of tokens [T], counted from the first logit; -1 where none may be chosen.
 
-    BASE: 0, logits are whole; 1, they are below the `base` [GS] of their tile; 2, `base` points to that of every tile.
+    BASED: logits are below what `base` has for their tile.
     """
     g = tl.arange(0, GS)
     there = (token >= skipped) & (token < width)
@@ -44,10 +44,8 @@ def share_bits(
         there &= tl.load(middle + token - skipped, mask=there, other=0) != 0
     real = there[:, None] & (g < G)[None, :]
     x = tl.load(logits + token.to(tl.int64)[:, None] * GS + g[None, :], mask=real, other=float("-inf")).to(tl.float32)
-    if BASE == 2:
+    if BASED:
         x += tl.load(base + (token // TILE)[:, None] * GP + g[None, :], mask=real, other=0.0)
-    if BASE == 1:
-        x += base[None, :]
     share = tl.sum(tl.where(real, tl.exp2(x - lse[None, :]), 0.0), 1) / G
     # NaN and infinity would have bits beyond any histogram
     share = tl.where(share == share, tl.minimum(share, 1.5), 0.0)
@@ -55,78 +53,71 @@ def share_bits(
 
 
 @triton.jit
-def lowest_of_best(histogram, wanted, BINS: tl.constexpr):
-    """The largest bin with at least `wanted` in it and above, or bin 0, and how many lie above it."""
-    from_here = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram
-    bin = tl.maximum(tl.sum((from_here >= wanted).to(tl.int32), 0) - 1, 0)
-    return bin, tl.sum(tl.where(tl.arange(0, BINS) > bin, histogram, 0), 0)
+def coarse(bits):
+    """The bin of a share: quarter octaves from 2^-31 up; what is less is in bin 0."""
+    return tl.minimum(tl.maximum((bits >> 21) - 384, 0), COARSE - 1)
 
 
 @triton.jit
-def weigh_blocks(
-    logits, base, middle, blocks, facts, part_mass, skipped, width, lse, begin, end, limit,
-    G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, TILE: tl.constexpr, PLAIN: tl.constexpr, MASKED: tl.constexpr,
+def part_of(bounds, split, SPLITS: tl.constexpr, TILE: tl.constexpr):
+    """Of a row's logits, which begin with the block of `low`: how many to skip, all, those of a part, and its end."""
+    low, high = tl.load(bounds), tl.load(bounds + 1)
+    skipped = low % BLOCK
+    # a row that is read whole has an empty middle
+    width = tl.where(high > low, high - low + skipped, 0)
+    part = tl.cdiv(tl.cdiv(width, SPLITS), TILE) * TILE
+    return skipped, width, part, tl.minimum(width, split * part + part)
+
+
+@triton.jit
+def weigh_kernel(
+    logits, base, peaks, masses, middle, bounds, lse, blocks, facts, part_masses, histogram, room, middle_row, partials,
+    limit,
+    HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr, PLAIN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Write the best share of each block of a part, how many exceed the limit, how many there are, their mass."""
-    item, g = tl.arange(0, TILE), tl.arange(0, GS)
+    """SPLITS programs of each row and KV head find the best share of every block and count them in the row's histogram.
+
+    logits, base, peaks, masses, bounds: as score_kernel leaves them.
+    limit: bits of the threshold; those of infinity are off.
+    lse: [rows, GS].  blocks: [rows, room / 16] int32.  histogram: [rows, COARSE] int32, 0 before.
+    facts: [rows, SPLITS, 4] int32: of each part, second how many shares exceed the limit, third how many there are;
+        part_masses: [rows, SPLITS] their mass.
+    """
+    row, split = tl.program_id(0), tl.program_id(1)
+    b = row // HEADS
+    skipped, width, part, end = part_of(bounds + 4 * b, split, SPLITS, TILE)
+    # where the middle is empty nothing was scored: what lies there is not of this step
+    scored = tl.where(width > 0, partials, 0)
+    item, g, bins = tl.arange(0, TILE), tl.arange(0, GS), tl.arange(0, COARSE)
+    of_heads = normaliser(peaks + row * partials * GP, masses + row * partials * GP, scored, GP, GS, 64)
+    if split == 0:
+        tl.store(lse + row * GS + g, of_heads)
+    logits += row.to(tl.int64) * room * GS
+    base += row.to(tl.int64) * (room // TILE) * GP
+    blocks += row.to(tl.int64) * (room // BLOCK)
     above, real = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32)
-    mass = tl.zeros((TILE,), tl.float32)
-    for at in range(begin, end, TILE):
-        level = tl.load(base + at // TILE * GP + g, mask=g < GP, other=0.0)
+    mass, counted = tl.zeros((TILE,), tl.float32), tl.zeros((COARSE,), tl.int32)
+    for at in range(split * part, end, TILE):
+        # all of a tile is below the same
+        level = tl.zeros((GS,), tl.float32)
+        if not PLAIN:
+            level = tl.load(base + at // TILE * GP + g)
         bits = share_bits(
-            logits, level, middle, at + item, skipped, width, lse, G, GP, GS, TILE, 0 if PLAIN else 1, MASKED
-        )
+            logits, base, middle + b.to(tl.int64) * middle_row, at + item, skipped, width, of_heads - level,
+            G, GP, GS, TILE, False, MASKED,
+        )  # fmt: skip
         best = tl.max(tl.reshape(bits, (TILE // BLOCK, BLOCK)), 1)
         tl.store(blocks + at // BLOCK + tl.arange(0, TILE // BLOCK), best)
         above += (bits > limit).to(tl.int32)
         real += (bits >= 0).to(tl.int32)
         mass += tl.where(bits > 0, bits.to(tl.float32, bitcast=True), 0.0)
-    tl.store(facts + 1, tl.sum(above, 0))
-    tl.store(facts + 2, tl.sum(real, 0))
-    tl.store(part_mass, tl.sum(mass, 0))
-
-
-@triton.jit
-def list_blocks(blocks, listed, histogram, first, last, floor, limit, T: tl.constexpr):
-    """Count a part's blocks in the row's histogram, list those that may hold a candidate; the cut, and how many."""
-    own = tl.zeros((COARSE,), tl.int32)
-    for at in range(first, last, T):
-        place = at + tl.arange(0, T)
-        best = tl.load(blocks + place, mask=place < last, other=-1)
-        own += tl.histogram(coarse(best), COARSE, mask=best >= 0)
-    # blocks yet to come can only raise the cut
-    bin, _ = lowest_of_best(tl.atomic_add(histogram + tl.arange(0, COARSE), own, sem="relaxed") + own, floor, COARSE)
-    cut = tl.minimum(tl.where(bin > 0, (bin + 192) << 22, 0), limit + 1)
-    kept = 0
-    for at in range(first, last, T):
-        place = at + tl.arange(0, T)
-        keep = tl.load(blocks + place, mask=place < last, other=-1) >= cut
-        tl.store(listed + first + kept + tl.cumsum(keep.to(tl.int32), 0) - 1, place, mask=keep)
-        kept += tl.sum(keep.to(tl.int32), 0)
-    return cut, kept
-
-
-@triton.jit
-def coarse(bits):
-    """The bin of a share: half octaves from 2^-31 up; what is less is in bin 0."""
-    return tl.minimum(tl.maximum((bits >> 22) - 192, 0), COARSE - 1)
-
-
-@triton.jit
-def keep_candidates(
-    logits, base, middle, listed, found, found_bits, facts, skipped, width, lse, begin, blocks_kept, cut,
-    G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, PLAIN: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """List the candidates of a part's listed blocks, in order, and how many there are."""
-    item, kept = tl.arange(0, T), 0
-    for at in range(0, blocks_kept * BLOCK, T):
-        block = tl.load(listed + begin // BLOCK + (at + item) // BLOCK, mask=at + item < blocks_kept * BLOCK, other=-1)
-        token = tl.where(block >= 0, block * BLOCK + item % BLOCK, -1)
-        bits = share_bits(logits, base, middle, token, skipped, width, lse, G, GP, GS, TILE, 0 if PLAIN else 2, MASKED)
-        keep = bits >= cut
-        place = begin + kept + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(found + place, token, mask=keep)
-        tl.store(found_bits + place, bits, mask=keep)
-        kept += tl.sum(keep.to(tl.int32), 0)
-    tl.store(facts, kept)
+    # each thread reads what others of its program wrote
+    tl.debug_barrier()
+    for at in range(split * part // BLOCK, tl.cdiv(tl.maximum(end, 0), BLOCK), TILE):
+        best = tl.load(blocks + at + item, mask=at + item < tl.cdiv(end, BLOCK), other=-1)
+        counted += tl.histogram(coarse(best), COARSE, mask=best >= 0)
+    tl.atomic_add(histogram + row * COARSE + bins, counted, mask=counted > 0, sem="relaxed")
+    tl.store(facts + (row * SPLITS + split) * 4 + 1, tl.sum(above, 0))
+    tl.store(facts + (row * SPLITS + split) * 4 + 2, tl.sum(real, 0))
+    tl.store(part_masses + row * SPLITS + split, tl.sum(mass, 0))

@@ -1,4 +1,4 @@
-"""The sparse step of a layer: score, select, attend, three kernels in a row."""
+"""The sparse step of a layer: score, select, attend."""
 
 from functools import lru_cache
 
