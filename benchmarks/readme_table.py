@@ -1,4 +1,4 @@
-"""Write the README's tables from the records: models/*.jsonl (bench and eval) and kernels.jsonl.
+"""Write the README's tables from the records: models/*.jsonl (bench and eval), kernels.jsonl and gpu_predicted.jsonl.
 
 python benchmarks/readme_table.py
 """
@@ -116,11 +116,30 @@ def step_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu_table() -> str:
+    """One layer's step and a whole model on a GPU as predicted, budget 1,024, from gpu_predicted.jsonl, as Markdown."""
+    found = [json.loads(line) for line in (HERE / "gpu_predicted.jsonl").read_text().splitlines()]
+    models = {(row["batch"], row["context"]): row for row in found if row["kind"] == "predicted model"}
+    lines = [
+        "| PREDICTED, not measured | context | sparse, us | dense, us | dense / sparse | whole model, the same |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        if row["kind"] == "predicted kernel" and row["budget"] == 1024 and row["context"] in (32768, 131072, 524288):
+            micro, model = row["microseconds"], models.get((row["batch"], row["context"]), {})
+            lines.append(
+                f"| batch {row['batch']} | {row['context']:,} | {micro['sparse']:.0f} | {micro['dense']:.0f} "
+                f"| {row['dense_over_sparse']:.1f}x | {shown(model.get('dense_over_sparse'), '.1f')} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {
     "agreement table": agreement_table,
     "retrieval table": retrieval_table,
     "token table": token_table,
     "step table": step_table,
+    "GPU table": gpu_table,
 }
 
 

@@ -21,7 +21,7 @@ class TritonKernels(ReferenceKernels):
 
     name = "triton"
     # predicted, not measured (benchmarks/gpu_predicted.md): one row of 8 KV heads; larger batches win earlier
-    crossover_tokens = 32768
+    crossover_tokens = 65536
 
     def refuses(self, request: Request) -> str | None:
         """Needs triton, a CUDA device of compute capability 8.0, 16- or 32-bit floats, heads of 16 to 256 channels."""

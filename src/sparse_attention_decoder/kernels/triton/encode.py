@@ -56,7 +56,7 @@ def encode_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, KB: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """One program codes T of the `count` keys of one row and KV head, into tokens start ... ."""
-    row, tile = tl.program_id(0), tl.program_id(1)
+    tile, row = tl.program_id(0), tl.program_id(1)
     channel, item = tl.arange(0, DP), tile * T + tl.arange(0, T)
     there = item < count
     keys += (row // HEADS).to(tl.int64) * key_row + (row % HEADS).to(tl.int64) * key_head
@@ -84,7 +84,7 @@ def encode(keys: Tensor, coded: Coded, start: int) -> None:
     keys = keys if keys.stride(-1) == 1 else keys.contiguous()
     codes, factors, statistics = row_major(coded)
     shape = Shape(batch, heads, 1, dim, dim, keys.device)
-    encode_kernel[(shape.rows, -(-count // ENCODE_TILE))](
+    encode_kernel[(-(-count // ENCODE_TILE), shape.rows)](
         keys, codes, factors, statistics.mean, statistics.deviation, parts_on(dim, keys.device),
         *keys.stride()[:3], codes.stride(1), factors.stride(1), start, count,
         heads, dim, power_of_two(dim), shape.words, shape.code_bytes, ENCODE_TILE,

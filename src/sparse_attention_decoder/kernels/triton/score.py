@@ -263,7 +263,7 @@ def score(query: Tensor, coded: Coded, low: int, high: int, scaling: float) -> T
     query = query.contiguous()
     codes, factors, statistics = row_major(coded)
     room = -(-(high - low + 16) // shape.score_tile) * shape.score_tile
-    splits = shape.splits(SCORING, shape.score_tile, room)
+    splits = shape.programs(SCORING, shape.score_tile, room)
     logits = torch.empty(shape.rows, room, shape.stored_group, device=query.device)
     bounds = torch.tensor([low, high, 0, 0], dtype=torch.int32, device=query.device).repeat(shape.batch, 1)
     unused = torch.empty(shape.rows, splits, shape.scored_group, device=query.device)

@@ -26,7 +26,7 @@ from sparse_attention_decoder.kernels.triton.shapes import (
     Shape,
     threshold_bits,
 )
-from sparse_attention_decoder.kernels.triton.shares import BLOCK, COARSE, part_of, share_bits, weigh_kernel
+from sparse_attention_decoder.kernels.triton.shares import BLOCK, COARSE, is_middle, part_of, share_bits, weigh_kernel
 
 NO_CAP = 2**31 - 1
 
@@ -60,11 +60,17 @@ def keep_candidates(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """List the candidates of a part's listed blocks, in order, and say how many."""
-    item, kept = tl.arange(0, T), 0
+    item, g, kept = tl.arange(0, T), tl.arange(0, GS), 0
     for at in range(0, blocks_kept * BLOCK, T):
         block = tl.load(listed + begin // BLOCK + (at + item) // BLOCK, mask=at + item < blocks_kept * BLOCK, other=-1)
         token = tl.where(block >= 0, block * BLOCK + item % BLOCK, -1)
-        bits = share_bits(logits, base, middle, token, skipped, width, lse, G, GP, GS, TILE, not PLAIN, MASKED)
+        there = is_middle(token, skipped, width, middle, MASKED)
+        x = tl.load(logits + token.to(tl.int64)[:, None] * GS + g[None, :], mask=there[:, None], other=0.0).to(
+            tl.float32
+        )
+        if not PLAIN:
+            x += tl.load(base + (token // TILE)[:, None] * GP + g[None, :], mask=there[:, None], other=0.0)
+        bits = share_bits(x, lse, there, G, GS)
         keep = bits >= cut
         place = begin + kept + tl.cumsum(keep.to(tl.int32), 0) - 1
         tl.store(found + place, token, mask=keep)
@@ -136,14 +142,13 @@ def list_chosen(found, found_bits, kept, most, tokens, first, cut, ties, part, S
 
 @triton.jit
 def choose(
-    found, found_bits, facts, part_masses, tokens, counts, missing, row, first, floor, cap, limit, lowest, part,
-    SPLITS: tl.constexpr, C: tl.constexpr,
+    found, found_bits, kept, facts, part_masses, tokens, counts, missing, row, first, floor, cap, limit, lowest, part,
+    SPLITS: tl.constexpr, WEIGHED: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The exact choice of one row from the candidates of all its parts."""
-    split = tl.arange(0, SPLITS)
-    kept = tl.load(facts + 4 * split)
-    above, real = tl.sum(tl.load(facts + 4 * split + 1), 0), tl.sum(tl.load(facts + 4 * split + 2), 0)
-    mass, most = tl.sum(tl.load(part_masses + split), 0), tl.max(kept, 0)
+    weighed = row * WEIGHED + tl.arange(0, WEIGHED)
+    above, real = tl.sum(tl.load(facts + 2 * weighed), 0), tl.sum(tl.load(facts + 2 * weighed + 1), 0)
+    mass, most = tl.sum(tl.load(part_masses + weighed), 0), tl.max(kept, 0)
     count = tl.minimum(tl.maximum(tl.minimum(floor, real), above), cap)
     cut, ties = limit, 0
     if count != above:
@@ -158,15 +163,16 @@ def choose(
 
 @triton.jit
 def select_kernel(
-    logits, base, middle, bounds, lse, blocks, facts, part_masses, histogram, listed, found, found_bits, turn,
+    logits, base, middle, bounds, lse, blocks, facts, part_masses, histogram, listed, found, found_bits, kept, turn,
     tokens, counts, missing, room, middle_row, floor, cap, limit,
     HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, C: tl.constexpr, PLAIN: tl.constexpr, MASKED: tl.constexpr,
+    SPLITS: tl.constexpr, WEIGHED: tl.constexpr, C: tl.constexpr, PLAIN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """SPLITS programs choose for each row and KV head, the last to finish among what all have kept.
 
-    lse, blocks, facts, part_masses, histogram: as weigh_kernel leaves them; the histogram is 0 afterwards.
-    listed: [rows, room / 16], found, found_bits: [rows, room] int32.  turn: [rows] int32, 0 before and after.
+    lse, blocks, facts, part_masses, histogram: as WEIGHED programs a row leave them; the histogram is 0 afterwards.
+    listed: [rows, room / 16], found, found_bits: [rows, room], kept: [rows, SPLITS] int32.
+    turn: [rows] int32, 0 before and after.
     tokens: [rows, room], positions in the text; counts [rows] int32; missing [rows] float32.
     """
     row, split = tl.program_id(0), tl.program_id(1)
@@ -174,26 +180,27 @@ def select_kernel(
     skipped, width, part, end = part_of(bounds + 4 * b, split, SPLITS, TILE)
     begin = split * part
     at = row.to(tl.int64) * room
-    facts, part_masses, histogram = facts + row * (SPLITS * 4), part_masses + row * SPLITS, histogram + row * COARSE
+    histogram += row * COARSE
+    kept += row * SPLITS
     cut = tl.minimum(coarse_cut(histogram, tl.minimum(floor, cap)), limit + 1)
     blocks_kept = list_blocks(
         blocks + at // BLOCK, listed + at // BLOCK, begin // BLOCK, tl.cdiv(tl.maximum(end, begin), BLOCK), cut, T
     )
     # each thread reads what others of its program wrote
     tl.debug_barrier()
-    kept = keep_candidates(
+    own = keep_candidates(
         logits + at * GS, base + row.to(tl.int64) * (room // TILE) * GP, middle + b.to(tl.int64) * middle_row,
         listed + at // BLOCK, found + at, found_bits + at, skipped, width, tl.load(lse + row * GS + tl.arange(0, GS)),
         begin, blocks_kept, cut, G, GP, GS, T, TILE, PLAIN, MASKED,
     )  # fmt: skip
-    tl.store(facts + 4 * split, kept)
+    tl.store(kept + split, own)
     # what all threads of this program wrote has to be there before its turn is counted
     tl.debug_barrier()
     if tl.atomic_add(turn + row, 1, sem="acq_rel") == SPLITS - 1:
         tl.debug_barrier()
         choose(
-            found + at, found_bits + at, facts, part_masses, tokens + at, counts, missing,
-            row, tl.load(bounds + 4 * b) - skipped, floor, cap, limit, cut, part, SPLITS, C,
+            found + at, found_bits + at, tl.load(kept + tl.arange(0, SPLITS)), facts, part_masses, tokens + at, counts,
+            missing, row, tl.load(bounds + 4 * b) - skipped, floor, cap, limit, cut, part, SPLITS, WEIGHED, C,
         )  # fmt: skip
         tl.store(histogram + tl.arange(0, COARSE), tl.zeros((COARSE,), tl.int32))
         tl.store(turn + row, 0)
@@ -207,16 +214,17 @@ def launch_select(
     mask, mask_row = (bounds, 0) if middle is None else (middle, middle.stride(0))
     limit, splits = threshold_bits(threshold), scratch.select_splits
     sizes = shape.heads, shape.group, shape.scored_group, shape.stored_group
-    weigh_kernel[(shape.rows, splits)](
+    weighing = scratch.weigh_splits
+    weigh_kernel[(shape.rows, weighing)](
         scratch.logits, scratch.base, scratch.peaks, scratch.masses, mask, bounds, scratch.lse, scratch.blocks,
         scratch.facts, scratch.part_masses, scratch.histogram, scratch.room, mask_row, scratch.peaks.shape[1], limit,
-        *sizes, shape.score_tile, splits, False, middle is not None,
+        *sizes, shape.score_tile, weighing, False, middle is not None,
     )  # fmt: skip
     select_kernel[(shape.rows, splits)](
         scratch.logits, scratch.base, mask, bounds, scratch.lse, scratch.blocks, scratch.facts, scratch.part_masses,
-        scratch.histogram, scratch.listed, scratch.found, scratch.found_bits, scratch.turn, tokens, counts, missing,
-        scratch.room, mask_row, floor, NO_CAP, limit,
-        *sizes, SELECT_TILE, shape.score_tile, splits, CANDIDATES // splits, False, middle is not None, num_warps=8,
+        scratch.histogram, scratch.listed, scratch.found, scratch.found_bits, scratch.kept, scratch.turn,
+        tokens, counts, missing, scratch.room, mask_row, floor, NO_CAP, limit, *sizes, SELECT_TILE, shape.score_tile,
+        splits, weighing, CANDIDATES // splits, False, middle is not None, num_warps=8,
     )  # fmt: skip
 
 
@@ -248,7 +256,7 @@ def select(
     tokens, counts = torch.zeros(rows, room, dtype=torch.int64, device=device), ints(rows)
     missing, bounds = torch.empty(rows, device=device), ints(batch, 4)
     bounds[:, 1] = width
-    blocks, facts, histogram = ints(rows, room // 16), ints(rows, splits, 4), ints(rows, HISTOGRAM)
+    blocks, facts, histogram = ints(rows, room // 16), ints(rows, splits, 2), ints(rows, HISTOGRAM)
     lse, part_masses = torch.empty(rows, stored, device=device), torch.empty(rows, splits, device=device)
     mask, limit = bounds if middle is None else middle.contiguous(), threshold_bits(threshold)
     weigh_kernel[(rows, splits)](
@@ -257,9 +265,9 @@ def select(
     )  # fmt: skip
     select_kernel[(rows, splits)](
         by_token, peaks, mask, bounds, lse, blocks, facts, part_masses, histogram, ints(rows, room // 16),
-        ints(rows, room), ints(rows, room), ints(rows), tokens, counts, missing,
+        ints(rows, room), ints(rows, room), ints(rows, splits), ints(rows), tokens, counts, missing,
         room, width, floor, NO_CAP if cap is None else cap, limit, heads, group, stored, stored,
-        SELECT_TILE, shape.score_tile, splits, CANDIDATES // splits, True, middle is not None, num_warps=8,
+        SELECT_TILE, shape.score_tile, splits, splits, CANDIDATES // splits, True, middle is not None, num_warps=8,
     )  # fmt: skip
     chosen = tokens.view(batch, heads, room)[..., :width] + low
     return chosen, counts.view(batch, heads).long(), missing.view(batch, heads)

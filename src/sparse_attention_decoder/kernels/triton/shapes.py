@@ -11,8 +11,8 @@ from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Statistics
 from sparse_attention_decoder.kernels.rotation import rotation_parts
 
 LOG2E = 1.4426950408889634
-# programs per multiprocessor at most: score streams, the others have little to read and a sum over programs at the end
-SCORING, SELECTING, ATTENDING = 4, 2, 2
+# programs per multiprocessor at most: as many as there is room for, or fewer where one sums up what all have done
+SCORING, WEIGHING, SELECTING, ATTENDING = 3, 8, 2, 2
 # tokens a step of each kernel takes; on a GPU many are in flight at once
 SELECT_TILE, ATTEND_TILE, NEAR_TILE, ENCODE_TILE, FIT_TILE = 1024, 64, 64, 16, 32
 # near tokens that one program of the score kernel weighs
@@ -80,10 +80,13 @@ class Shape:
             return 4
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
 
-    def splits(self, busy: int, least: int, tokens: int) -> int:
+    def programs(self, busy: int, least: int, tokens: int) -> int:
         """Programs for each row and head: at most `busy` a multiprocessor in all, of `least` tokens each at least."""
-        most = max(1, min(busy * self.multiprocessors // self.rows, -(-tokens // least), 64))
-        return 1 << (most.bit_length() - 1)
+        return max(1, min(busy * self.multiprocessors // self.rows, -(-tokens // least), 64))
+
+    def splits(self, busy: int, least: int, tokens: int) -> int:
+        """The same, a power of two: where one program looks at what all of them left."""
+        return 1 << (self.programs(busy, least, tokens).bit_length() - 1)
 
 
 class Scratch:
@@ -104,6 +107,7 @@ class Scratch:
     found_bits: Tensor
     facts: Tensor
     part_masses: Tensor
+    kept: Tensor
     outputs: Tensor
     output_peaks: Tensor
     output_masses: Tensor
@@ -116,8 +120,9 @@ class Scratch:
     def __init__(self, shape: Shape, room: int, near: int, memory: Tensor | None = None) -> None:
         tile = shape.score_tile
         self.room = -(-(room + BLOCK) // tile) * tile
-        self.score_splits = shape.splits(SCORING, tile, self.room)
+        self.score_splits = shape.programs(SCORING, tile, self.room)
         self.near_splits = -(-near // NEAR_SHARE)
+        self.weigh_splits = shape.splits(WEIGHING, 2 * tile, self.room)
         self.select_splits = shape.splits(SELECTING, 2 * SELECT_TILE, self.room)
         self.attend_splits = shape.splits(ATTENDING, ATTEND_TILE, self.room)
         layout = self._layout(shape)
@@ -147,8 +152,9 @@ class Scratch:
             "listed": (whole, (rows, self.room // BLOCK)),
             "found": (whole, (rows, self.room)),
             "found_bits": (whole, (rows, self.room)),
-            "facts": (whole, (rows, self.select_splits, 4)),
-            "part_masses": (real, (rows, self.select_splits)),
+            "facts": (whole, (rows, self.weigh_splits, 2)),
+            "part_masses": (real, (rows, self.weigh_splits)),
+            "kept": (whole, (rows, self.select_splits)),
             "outputs": (real, (rows, self.attend_splits, stored, power_of_two(shape.value_dim))),
             "output_peaks": (real, (rows, self.attend_splits, stored)),
             "output_masses": (real, (rows, self.attend_splits, stored)),

@@ -30,26 +30,22 @@ def normaliser(peaks, masses, partials, GP: tl.constexpr, GS: tl.constexpr, P: t
 
 
 @triton.jit
-def share_bits(
-    logits, base, middle, token, skipped, width, lse,
-    G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, TILE: tl.constexpr, BASED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Bits of the group's shares of tokens [T], counted from the first logit; -1 where none may be chosen.
-
-    BASED: logits are below what `base` has for their tile.
-    """
-    g = tl.arange(0, GS)
-    there = (token >= skipped) & (token < width)
-    if MASKED:
-        there &= tl.load(middle + token - skipped, mask=there, other=0) != 0
-    real = there[:, None] & (g < G)[None, :]
-    x = tl.load(logits + token.to(tl.int64)[:, None] * GS + g[None, :], mask=real, other=float("-inf")).to(tl.float32)
-    if BASED:
-        x += tl.load(base + (token // TILE)[:, None] * GP + g[None, :], mask=real, other=0.0)
-    share = tl.sum(tl.where(real, tl.exp2(x - lse[None, :]), 0.0), 1) / G
+def share_bits(x, lse, there, G: tl.constexpr, GS: tl.constexpr):
+    """Bits of the group's shares [T] from logits x [T, GS], normalisers being lse [GS]; -1 where not `there` [T]."""
+    real = there[:, None] & (tl.arange(0, GS) < G)[None, :]
+    share = tl.sum(tl.where(real, tl.exp2(x.to(tl.float32) - lse[None, :]), 0.0), 1) / G
     # NaN and infinity would have bits beyond any histogram
     share = tl.where(share == share, tl.minimum(share, 1.5), 0.0)
     return tl.where(there, share.to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit
+def is_middle(token, skipped, width, middle, MASKED: tl.constexpr):
+    """Which tokens [T], counted from the first logit, are of the middle and not masked."""
+    there = (token >= skipped) & (token < width)
+    if MASKED:
+        there &= tl.load(middle + token - skipped, mask=there, other=0) != 0
+    return there
 
 
 @triton.jit
@@ -81,8 +77,8 @@ def weigh_kernel(
     logits, base, peaks, masses, bounds: as score_kernel leaves them.
     limit: bits of the threshold; those of infinity are off.
     lse: [rows, GS].  blocks: [rows, room / 16] int32.  histogram: [rows, COARSE] int32, 0 before.
-    facts: [rows, SPLITS, 4] int32: of each part, second how many shares exceed the limit, third how many there are;
-        part_masses: [rows, SPLITS] their mass.
+    facts: [rows, SPLITS, 2] int32: of each part, how many shares exceed the limit, and how many there are;
+        part_masses: [rows, SPLITS] float32, their mass.
     """
     row, split = tl.program_id(0), tl.program_id(1)
     b = row // HEADS
@@ -96,17 +92,16 @@ def weigh_kernel(
     logits += row.to(tl.int64) * room * GS
     base += row.to(tl.int64) * (room // TILE) * GP
     blocks += row.to(tl.int64) * (room // BLOCK)
+    middle += b.to(tl.int64) * middle_row
     above, real = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32)
     mass, counted = tl.zeros((TILE,), tl.float32), tl.zeros((COARSE,), tl.int32)
     for at in range(split * part, end, TILE):
-        # all of a tile is below the same
-        level = tl.zeros((GS,), tl.float32)
+        # a whole tile as it lies: loads token by token would wait for each other
+        x = tl.reshape(tl.load(logits + at * GS + tl.arange(0, TILE * GS)), (TILE, GS))
+        below = of_heads
         if not PLAIN:
-            level = tl.load(base + at // TILE * GP + g)
-        bits = share_bits(
-            logits, base, middle + b.to(tl.int64) * middle_row, at + item, skipped, width, of_heads - level,
-            G, GP, GS, TILE, False, MASKED,
-        )  # fmt: skip
+            below -= tl.load(base + at // TILE * GP + g)
+        bits = share_bits(x, below, is_middle(at + item, skipped, width, middle, MASKED), G, GS)
         best = tl.max(tl.reshape(bits, (TILE // BLOCK, BLOCK)), 1)
         tl.store(blocks + at // BLOCK + tl.arange(0, TILE // BLOCK), best)
         above += (bits > limit).to(tl.int32)
@@ -118,6 +113,6 @@ def weigh_kernel(
         best = tl.load(blocks + at + item, mask=at + item < tl.cdiv(end, BLOCK), other=-1)
         counted += tl.histogram(coarse(best), COARSE, mask=best >= 0)
     tl.atomic_add(histogram + row * COARSE + bins, counted, mask=counted > 0, sem="relaxed")
-    tl.store(facts + (row * SPLITS + split) * 4 + 1, tl.sum(above, 0))
-    tl.store(facts + (row * SPLITS + split) * 4 + 2, tl.sum(real, 0))
+    tl.store(facts + (row * SPLITS + split) * 2, tl.sum(above, 0))
+    tl.store(facts + (row * SPLITS + split) * 2 + 1, tl.sum(real, 0))
     tl.store(part_masses + row * SPLITS + split, tl.sum(mass, 0))
