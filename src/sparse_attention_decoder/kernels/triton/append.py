@@ -11,7 +11,14 @@ from torch import Tensor
 
 from sparse_attention_decoder.kernels.protocol import Coded
 from sparse_attention_decoder.kernels.triton.encode import code, rotated_keys, store_code
-from sparse_attention_decoder.kernels.triton.shapes import FIT_TILE, Shape, parts_on, power_of_two, row_major
+from sparse_attention_decoder.kernels.triton.shapes import (
+    FIT_TILE,
+    Shape,
+    on_its_device,
+    parts_on,
+    power_of_two,
+    row_major,
+)
 
 
 @triton.jit
@@ -123,6 +130,7 @@ def append_kernel(
         tl.store(turn, 0)
 
 
+@on_its_device
 def append(
     key: Tensor, value: Tensor, keys: Tensor, values: Tensor, coded: Coded, length: Tensor, starts: Tensor,
     bounds: Tensor, near: Tensor, turn: Tensor, sinks: int, window: int, dense_tokens: int,

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels.checks import check_cache, check_query, check_shape
-from sparse_attention_decoder.kernels.triton.shapes import ATTEND_TILE, ATTENDING, LOG2E, Shape, power_of_two
+from sparse_attention_decoder.kernels.triton.shapes import (
+    ATTEND_TILE,
+    ATTENDING,
+    LOG2E,
+    Shape,
+    on_its_device,
+    power_of_two,
+)
 
 
 @triton.jit
@@ -166,6 +173,7 @@ def attend_kernel(
 INTERPRETED = not isinstance(attend_kernel, triton.runtime.JITFunction)
 
 
+@on_its_device
 def launch_attend(
     shape: Shape, query: Tensor, keys: Tensor, values: Tensor, near: Tensor, near_valid: Tensor | None, tokens: Tensor,
     counts: Tensor, missing: Tensor, bounds: Tensor, parts: tuple[Tensor, Tensor, Tensor, Tensor], scaling: float,

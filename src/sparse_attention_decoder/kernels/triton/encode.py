@@ -8,7 +8,14 @@ from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels.checks import check_keys, checked_sketch
 from sparse_attention_decoder.kernels.protocol import Coded
 from sparse_attention_decoder.kernels.triton.rotation import rotate
-from sparse_attention_decoder.kernels.triton.shapes import ENCODE_TILE, Shape, parts_on, power_of_two, row_major
+from sparse_attention_decoder.kernels.triton.shapes import (
+    ENCODE_TILE,
+    Shape,
+    on_its_device,
+    parts_on,
+    power_of_two,
+    row_major,
+)
 
 
 @triton.jit
@@ -68,6 +75,7 @@ def encode_kernel(
     store_code(codes, factors + row.to(tl.int64) * factor_row, start + item, packed, factor, there, T, W, KB)
 
 
+@on_its_device
 def encode(keys: Tensor, coded: Coded, start: int) -> None:
     """Code keys [B, Hkv, N, D] into tokens start .. start + N - 1.
 

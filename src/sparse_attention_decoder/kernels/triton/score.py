@@ -20,6 +20,7 @@ from sparse_attention_decoder.kernels.triton.shapes import (
     SCORING,
     Scratch,
     Shape,
+    on_its_device,
     parts_on,
     power_of_two,
     row_major,
@@ -230,6 +231,7 @@ def score_share(
 INTERPRETED = not isinstance(score_kernel, triton.runtime.JITFunction)
 
 
+@on_its_device
 def launch_score(
     shape: Shape, query: Tensor, coded: Coded, keys: Tensor, near: Tensor, near_valid: Tensor | None,
     middle: Tensor | None, bounds: Tensor, scratch: Scratch, scaling: float,
@@ -248,6 +250,7 @@ def launch_score(
     )  # fmt: skip
 
 
+@on_its_device
 def score(query: Tensor, coded: Coded, low: int, high: int, scaling: float) -> Tensor:
     """Estimated logits [B, Hkv, G, high - low], float32, of queries [B, Hq, D] against coded keys.
 

@@ -24,6 +24,7 @@ from sparse_attention_decoder.kernels.triton.shapes import (
     SELECTING,
     Scratch,
     Shape,
+    on_its_device,
     threshold_bits,
 )
 from sparse_attention_decoder.kernels.triton.shares import BLOCK, COARSE, is_middle, part_of, share_bits, weigh_kernel
@@ -206,6 +207,7 @@ def select_kernel(
         tl.store(turn + row, 0)
 
 
+@on_its_device
 def launch_select(
     shape: Shape, bounds: Tensor, middle: Tensor | None, scratch: Scratch, tokens: Tensor, counts: Tensor,
     missing: Tensor, floor: int, threshold: float,
@@ -228,6 +230,7 @@ def launch_select(
     )  # fmt: skip
 
 
+@on_its_device
 def select(
     logits: Tensor, near_lse: Tensor, low: int, middle: Tensor | None, floor: int, threshold: float, cap: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,9 @@
 """Sizes the kernels are compiled for, how many programs share a row, and the scratch they leave results in."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch import Tensor
 from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Statistics
 from sparse_attention_decoder.kernels.rotation import rotation_parts
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LOG2E = 1.4426950408889634
 # programs per multiprocessor at most: as many as there is room for, or fewer where one sums up what all have done
@@ -19,6 +24,20 @@ SELECT_TILE, ATTEND_TILE, NEAR_TILE, ENCODE_TILE, FIT_TILE = 1024, 64, 64, 16, 3
 NEAR_SHARE = 128
 # bins of a row's coarse histogram, and candidates of a row that its last program holds in registers
 HISTOGRAM, CANDIDATES = 128, 2048
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Make the GPU of the first argument (a tensor or a Shape) the current one, as Triton launches on that."""
+
+    @wraps(launch)
+    def launched(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        if first.device.type != "cuda":
+            return launch(*args, **kwargs)
+        with torch.cuda.device(first.device):
+            return launch(*args, **kwargs)
+
+    return launched
 
 
 def power_of_two(count: int) -> int:
