@@ -130,7 +130,8 @@ def predicted(cell: Cell, budget: int) -> dict[str, object]:
     body.append((loop(select, "keep_candidates"), -(-listed * 16 // SELECT_TILE)))
     rounds = -(-found // CANDIDATES)
     last = [(select.last, 1.0), (loop(select, "list_chosen"), rounds), (loop(select, "list_chosen", 1), rounds)]
-    last += [(loop(select, "exact_cut"), HALVINGS), (loop(select, "exact_cut", 1), HALVINGS * (rounds - 1))]
+    last += [(loop(select, "exact_cut"), HALVINGS), (loop(select, "count_behind"), rounds - 1)]
+    last.append((loop(select, "count_behind", 1), HALVINGS * (rounds - 1)))
     us["select"] = microseconds(select, programs, body, last, 0.0)
     # attend: programs of whole tiles, those without a tile cost next to nothing
     attend, share = of["attend"], -(-(cell.near + budget) // sizes.attend_splits // ATTEND_TILE) * ATTEND_TILE

@@ -89,6 +89,16 @@ def candidates(values, at, kept, part, other, SPLITS: tl.constexpr, C: tl.conste
 
 
 @triton.jit
+def count_behind(found_bits, kept, most, part, value, SPLITS: tl.constexpr, C: tl.constexpr):
+    """How many candidates have at least these bits, not counting the first C of each part."""
+    count = 0
+    for at in range(C, most, C):
+        more = candidates(found_bits, at, kept, part, -1, SPLITS, C)
+        count += tl.sum(tl.sum((more >= value).to(tl.int32), 1), 0)
+    return count
+
+
+@triton.jit
 def exact_cut(bits, found_bits, kept, most, part, wanted, low, SPLITS: tl.constexpr, C: tl.constexpr):
     """Bits that `wanted` candidates exceed, and 0; or the largest that too many have, and how many of those to take.
 
@@ -100,9 +110,7 @@ def exact_cut(bits, found_bits, kept, most, part, wanted, low, SPLITS: tl.conste
     while (high - low > 1) & (at_low != wanted):
         half = low + (high - low) // 2
         count = tl.sum(tl.sum((bits >= half).to(tl.int32), 1), 0)
-        for at in range(C, most, C):
-            more = candidates(found_bits, at, kept, part, -1, SPLITS, C)
-            count += tl.sum(tl.sum((more >= half).to(tl.int32), 1), 0)
+        count += count_behind(found_bits, kept, most, part, half, SPLITS, C)
         enough = count >= wanted
         low, at_low = tl.where(enough, half, low), tl.where(enough, count, at_low)
         high, at_high = tl.where(enough, high, half), tl.where(enough, at_high, count)
@@ -143,17 +151,19 @@ def list_chosen(found, found_bits, kept, most, tokens, first, cut, ties, part, S
 
 @triton.jit
 def choose(
-    found, found_bits, kept, facts, part_masses, tokens, counts, missing, row, first, floor, cap, limit, lowest, part,
+    found, found_bits, kept, reals, part_masses, tokens, counts, missing, row, first, floor, cap, limit, lowest, part,
     SPLITS: tl.constexpr, WEIGHED: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The exact choice of one row from the candidates of all its parts."""
     weighed = row * WEIGHED + tl.arange(0, WEIGHED)
-    above, real = tl.sum(tl.load(facts + 2 * weighed), 0), tl.sum(tl.load(facts + 2 * weighed + 1), 0)
-    mass, most = tl.sum(tl.load(part_masses + weighed), 0), tl.max(kept, 0)
+    real, mass = tl.sum(tl.load(reals + weighed), 0), tl.sum(tl.load(part_masses + weighed), 0)
+    most = tl.max(kept, 0)
+    bits = candidates(found_bits, 0, kept, part, -1, SPLITS, C)
+    above = tl.sum(tl.sum((bits > limit).to(tl.int32), 1), 0)
+    above += count_behind(found_bits, kept, most, part, limit + 1, SPLITS, C)
     count = tl.minimum(tl.maximum(tl.minimum(floor, real), above), cap)
     cut, ties = limit, 0
     if count != above:
-        bits = candidates(found_bits, 0, kept, part, -1, SPLITS, C)
         cut, ties = exact_cut(bits, found_bits, kept, most, part, count, lowest, SPLITS, C)
     taken = 0.0
     if count > 0:
@@ -164,14 +174,14 @@ def choose(
 
 @triton.jit
 def select_kernel(
-    logits, base, middle, bounds, lse, blocks, facts, part_masses, histogram, listed, found, found_bits, kept, turn,
+    logits, base, middle, bounds, lse, blocks, reals, part_masses, histogram, listed, found, found_bits, kept, turn,
     tokens, counts, missing, room, middle_row, floor, cap, limit,
     HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, WEIGHED: tl.constexpr, C: tl.constexpr, PLAIN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """SPLITS programs choose for each row and KV head, the last to finish among what all have kept.
 
-    lse, blocks, facts, part_masses, histogram: as WEIGHED programs a row leave them; the histogram is 0 afterwards.
+    lse, blocks, reals, part_masses, histogram: as WEIGHED programs a row leave them; the histogram is 0 afterwards.
     listed: [rows, room / 16], found, found_bits: [rows, room], kept: [rows, SPLITS] int32.
     turn: [rows] int32, 0 before and after.
     tokens: [rows, room], positions in the text; counts [rows] int32; missing [rows] float32.
@@ -183,7 +193,8 @@ def select_kernel(
     at = row.to(tl.int64) * room
     histogram += row * COARSE
     kept += row * SPLITS
-    cut = tl.minimum(coarse_cut(histogram, tl.minimum(floor, cap)), limit + 1)
+    # a little lower, for the other kernel's sums may round otherwise
+    cut = tl.maximum(tl.minimum(coarse_cut(histogram, tl.minimum(floor, cap)), limit + 1) - 64, 0)
     blocks_kept = list_blocks(
         blocks + at // BLOCK, listed + at // BLOCK, begin // BLOCK, tl.cdiv(tl.maximum(end, begin), BLOCK), cut, T
     )
@@ -200,7 +211,7 @@ def select_kernel(
     if tl.atomic_add(turn + row, 1, sem="acq_rel") == SPLITS - 1:
         tl.debug_barrier()
         choose(
-            found + at, found_bits + at, tl.load(kept + tl.arange(0, SPLITS)), facts, part_masses, tokens + at, counts,
+            found + at, found_bits + at, tl.load(kept + tl.arange(0, SPLITS)), reals, part_masses, tokens + at, counts,
             missing, row, tl.load(bounds + 4 * b) - skipped, floor, cap, limit, cut, part, SPLITS, WEIGHED, C,
         )  # fmt: skip
         tl.store(histogram + tl.arange(0, COARSE), tl.zeros((COARSE,), tl.int32))
@@ -219,11 +230,11 @@ def launch_select(
     weighing = scratch.weigh_splits
     weigh_kernel[(shape.rows, weighing)](
         scratch.logits, scratch.base, scratch.peaks, scratch.masses, mask, bounds, scratch.lse, scratch.blocks,
-        scratch.facts, scratch.part_masses, scratch.histogram, scratch.room, mask_row, scratch.peaks.shape[1], limit,
+        scratch.reals, scratch.part_masses, scratch.histogram, scratch.room, mask_row, scratch.peaks.shape[1],
         *sizes, shape.score_tile, weighing, False, middle is not None,
     )  # fmt: skip
     select_kernel[(shape.rows, splits)](
-        scratch.logits, scratch.base, mask, bounds, scratch.lse, scratch.blocks, scratch.facts, scratch.part_masses,
+        scratch.logits, scratch.base, mask, bounds, scratch.lse, scratch.blocks, scratch.reals, scratch.part_masses,
         scratch.histogram, scratch.listed, scratch.found, scratch.found_bits, scratch.kept, scratch.turn,
         tokens, counts, missing, scratch.room, mask_row, floor, NO_CAP, limit, *sizes, SELECT_TILE, shape.score_tile,
         splits, weighing, CANDIDATES // splits, False, middle is not None, num_warps=8,
@@ -259,15 +270,15 @@ def select(
     tokens, counts = torch.zeros(rows, room, dtype=torch.int64, device=device), ints(rows)
     missing, bounds = torch.empty(rows, device=device), ints(batch, 4)
     bounds[:, 1] = width
-    blocks, facts, histogram = ints(rows, room // 16), ints(rows, splits, 2), ints(rows, HISTOGRAM)
+    blocks, reals, histogram = ints(rows, room // 16), ints(rows, splits), ints(rows, HISTOGRAM)
     lse, part_masses = torch.empty(rows, stored, device=device), torch.empty(rows, splits, device=device)
     mask, limit = bounds if middle is None else middle.contiguous(), threshold_bits(threshold)
     weigh_kernel[(rows, splits)](
-        by_token, peaks, peaks, torch.ones_like(peaks), mask, bounds, lse, blocks, facts, part_masses, histogram,
-        room, width, 1, limit, heads, group, stored, stored, shape.score_tile, splits, True, middle is not None,
+        by_token, peaks, peaks, torch.ones_like(peaks), mask, bounds, lse, blocks, reals, part_masses, histogram,
+        room, width, 1, heads, group, stored, stored, shape.score_tile, splits, True, middle is not None,
     )  # fmt: skip
     select_kernel[(rows, splits)](
-        by_token, peaks, mask, bounds, lse, blocks, facts, part_masses, histogram, ints(rows, room // 16),
+        by_token, peaks, mask, bounds, lse, blocks, reals, part_masses, histogram, ints(rows, room // 16),
         ints(rows, room), ints(rows, room), ints(rows, splits), ints(rows), tokens, counts, missing,
         room, width, floor, NO_CAP if cap is None else cap, limit, heads, group, stored, stored,
         SELECT_TILE, shape.score_tile, splits, splits, CANDIDATES // splits, True, middle is not None, num_warps=8,

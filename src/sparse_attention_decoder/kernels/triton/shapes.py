@@ -124,7 +124,7 @@ class Scratch:
     listed: Tensor
     found: Tensor
     found_bits: Tensor
-    facts: Tensor
+    reals: Tensor
     part_masses: Tensor
     kept: Tensor
     outputs: Tensor
@@ -171,7 +171,7 @@ class Scratch:
             "listed": (whole, (rows, self.room // BLOCK)),
             "found": (whole, (rows, self.room)),
             "found_bits": (whole, (rows, self.room)),
-            "facts": (whole, (rows, self.weigh_splits, 2)),
+            "reals": (whole, (rows, self.weigh_splits)),
             "part_masses": (real, (rows, self.weigh_splits)),
             "kept": (whole, (rows, self.select_splits)),
             "outputs": (real, (rows, self.attend_splits, stored, power_of_two(shape.value_dim))),

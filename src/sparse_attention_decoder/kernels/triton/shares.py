@@ -67,18 +67,15 @@ def part_of(bounds, split, SPLITS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def weigh_kernel(
-    logits, base, peaks, masses, middle, bounds, lse, blocks, facts, part_masses, histogram, room, middle_row, partials,
-    limit,
+    logits, base, peaks, masses, middle, bounds, lse, blocks, reals, part_masses, histogram, room, middle_row, partials,
     HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, PLAIN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """SPLITS programs of each row and KV head find the best share of every block and count them in the row's histogram.
 
     logits, base, peaks, masses, bounds: as score_kernel leaves them.
-    limit: bits of the threshold; those of infinity are off.
     lse: [rows, GS].  blocks: [rows, room / 16] int32.  histogram: [rows, COARSE] int32, 0 before.
-    facts: [rows, SPLITS, 2] int32: of each part, how many shares exceed the limit, and how many there are;
-        part_masses: [rows, SPLITS] float32, their mass.
+    reals: [rows, SPLITS] int32, how many tokens of each part may be chosen;  part_masses: [rows, SPLITS] float32.
     """
     row, split = tl.program_id(0), tl.program_id(1)
     b = row // HEADS
@@ -93,7 +90,7 @@ def weigh_kernel(
     base += row.to(tl.int64) * (room // TILE) * GP
     blocks += row.to(tl.int64) * (room // BLOCK)
     middle += b.to(tl.int64) * middle_row
-    above, real = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32)
+    real = tl.zeros((TILE,), tl.int32)
     mass, counted = tl.zeros((TILE,), tl.float32), tl.zeros((COARSE,), tl.int32)
     for at in range(split * part, end, TILE):
         # a whole tile as it lies: loads token by token would wait for each other
@@ -104,7 +101,6 @@ def weigh_kernel(
         bits = share_bits(x, below, is_middle(at + item, skipped, width, middle, MASKED), G, GS)
         best = tl.max(tl.reshape(bits, (TILE // BLOCK, BLOCK)), 1)
         tl.store(blocks + at // BLOCK + tl.arange(0, TILE // BLOCK), best)
-        above += (bits > limit).to(tl.int32)
         real += (bits >= 0).to(tl.int32)
         mass += tl.where(bits > 0, bits.to(tl.float32, bitcast=True), 0.0)
     # each thread reads what others of its program wrote
@@ -113,6 +109,5 @@ def weigh_kernel(
         best = tl.load(blocks + at + item, mask=at + item < tl.cdiv(end, BLOCK), other=-1)
         counted += tl.histogram(coarse(best), COARSE, mask=best >= 0)
     tl.atomic_add(histogram + row * COARSE + bins, counted, mask=counted > 0, sem="relaxed")
-    tl.store(facts + (row * SPLITS + split) * 2, tl.sum(above, 0))
-    tl.store(facts + (row * SPLITS + split) * 2 + 1, tl.sum(real, 0))
+    tl.store(reals + row * SPLITS + split, tl.sum(real, 0))
     tl.store(part_masses + row * SPLITS + split, tl.sum(mass, 0))
