@@ -38,8 +38,6 @@ from sparse_attention_decoder.kernels.triton.attend import launch_attend
 from sparse_attention_decoder.kernels.triton.score import launch_score, load_codes, planes
 from sparse_attention_decoder.kernels.triton.select import launch_select
 from sparse_attention_decoder.kernels.triton.shapes import (
-    ATTEND_TILE,
-    FIT_TILE,
     NEAR_TILE,
     SELECT_TILE,
     Plan,
@@ -296,8 +294,9 @@ def compiled(
         starts, length = plan.bounds[:, 0].contiguous(), torch.empty((), dtype=torch.int64, device=meta)
         append(new, new, keys, keys, coded, length, starts, plan.bounds, plan.near, plan.turn, SINKS, window, 0)
     tokens = {
-        "score_share": shape.score_tile, "weigh_kernel": shape.score_tile, "attend_share": ATTEND_TILE, "fit": FIT_TILE,
-        "near_mass": NEAR_TILE, "code_span": FIT_TILE, "keep_candidates": SELECT_TILE, "exact_cut": SELECT_TILE,
+        "score_share": shape.score_tile, "weigh_kernel": shape.score_tile, "fit": shape.fit_tile,
+        "attend_share": shape.attend_tile(dtype.itemsize), "near_mass": NEAR_TILE, "code_span": shape.fit_tile,
+        "keep_candidates": SELECT_TILE, "exact_cut": SELECT_TILE,
         "list_chosen": SELECT_TILE, "list_blocks": SELECT_TILE,
     }  # fmt: skip
     return [analysed(name, kernel, tokens) for name, kernel in compiler.kernels]

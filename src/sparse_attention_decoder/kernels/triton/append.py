@@ -12,7 +12,6 @@ from torch import Tensor
 from sparse_attention_decoder.kernels.protocol import Coded
 from sparse_attention_decoder.kernels.triton.encode import code, rotated_keys, store_code
 from sparse_attention_decoder.kernels.triton.shapes import (
-    FIT_TILE,
     Shape,
     on_its_device,
     parts_on,
@@ -137,6 +136,7 @@ def append(
 ) -> None:  # fmt: skip
     """Append key [B, Hkv, D] and value [B, Hkv, Dv], code the key, say what attention reads: `append_kernel`."""
     batch, heads, dim = key.shape
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     codes, factors, statistics = row_major(coded)
     shape = Shape(batch, heads, 1, dim, value.shape[2], key.device)
     append_kernel[(shape.rows,)](
@@ -145,7 +145,7 @@ def append(
         *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
         codes.stride(1), factors.stride(1), keys.shape[2], sinks, window, dense_tokens,
         heads, dim, power_of_two(dim), shape.value_dim, power_of_two(shape.value_dim), shape.words, shape.code_bytes,
-        power_of_two(sinks + window), FIT_TILE,
+        power_of_two(sinks + window), shape.fit_tile,
         # a fused product and sum would round once where the definition rounds twice
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -165,7 +165,7 @@ def attend_kernel(
             tl.store(output + to.to(tl.int64) * DV + channel, final.to(output.dtype.element_ty), mask=channel < DV)
             tl.store(lse + to, final_lse * 0.6931471805599453)
         tl.store(turn + row, 0)
-        if TALLIED:
+        if TALLIED and stop >= 0:
             low, high = tl.load(bounds + 4 * b), tl.load(bounds + 4 * b + 1)
             add_to_tally(tally + row * 6, whole, count, near_count, high - low, tl.load(missing + row))
 
@@ -197,8 +197,8 @@ def launch_attend(
         output, lse, lse if tally is None else tally, query.stride(0), *keys.stride()[:3], *values.stride()[:3],
         near.stride(0), near.stride(1) if near.ndim == 3 else 0, tokens.stride(0), near.shape[-1], scaling * LOG2E,
         shape.heads, shape.group, max(16, shape.stored_group), shape.stored_group, shape.dim, power_of_two(shape.dim),
-        shape.value_dim, power_of_two(shape.value_dim), ATTEND_TILE, splits, near_valid is not None, near.shape[-1] > 0,
-        tally is not None, INTERPRETED,
+        shape.value_dim, power_of_two(shape.value_dim), shape.attend_tile(keys.element_size()), splits,
+        near_valid is not None, near.shape[-1] > 0, tally is not None, INTERPRETED,
     )  # fmt: skip
     return output.to(query.dtype), lse
 

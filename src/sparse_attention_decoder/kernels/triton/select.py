@@ -66,12 +66,12 @@ def keep_candidates(
         block = tl.load(listed + begin // BLOCK + (at + item) // BLOCK, mask=at + item < blocks_kept * BLOCK, other=-1)
         token = tl.where(block >= 0, block * BLOCK + item % BLOCK, -1)
         there = is_middle(token, skipped, width, middle, MASKED)
-        x = tl.load(logits + token.to(tl.int64)[:, None] * GS + g[None, :], mask=there[:, None], other=0.0).to(
-            tl.float32
-        )
+        x = tl.load(logits + token.to(tl.int64)[:, None] * GS + g[None, :], mask=there[:, None], other=0.0)
+        # in the order of the other kernel, or the two would not agree where logits are large
+        below = tl.broadcast_to(lse[None, :], (T, GS))
         if not PLAIN:
-            x += tl.load(base + (token // TILE)[:, None] * GP + g[None, :], mask=there[:, None], other=0.0)
-        bits = share_bits(x, lse, there, G, GS)
+            below -= tl.load(base + (token // TILE)[:, None] * GP + g[None, :], mask=there[:, None], other=0.0)
+        bits = share_bits(x, below, there, G, GS)
         keep = bits >= cut
         place = begin + kept + tl.cumsum(keep.to(tl.int32), 0) - 1
         tl.store(found + place, token, mask=keep)
@@ -161,7 +161,7 @@ def choose(
     bits = candidates(found_bits, 0, kept, part, -1, SPLITS, C)
     above = tl.sum(tl.sum((bits > limit).to(tl.int32), 1), 0)
     above += count_behind(found_bits, kept, most, part, limit + 1, SPLITS, C)
-    count = tl.minimum(tl.maximum(tl.minimum(floor, real), above), cap)
+    count = tl.minimum(tl.minimum(tl.maximum(tl.minimum(floor, real), above), cap), tl.sum(kept, 0))
     cut, ties = limit, 0
     if count != above:
         cut, ties = exact_cut(bits, found_bits, kept, most, part, count, lowest, SPLITS, C)
@@ -193,7 +193,7 @@ def select_kernel(
     at = row.to(tl.int64) * room
     histogram += row * COARSE
     kept += row * SPLITS
-    # a little lower, for the other kernel's sums may round otherwise
+    # a little lower, for the other kernel may add up the heads in another order
     cut = tl.maximum(tl.minimum(coarse_cut(histogram, tl.minimum(floor, cap)), limit + 1) - 64, 0)
     blocks_kept = list_blocks(
         blocks + at // BLOCK, listed + at // BLOCK, begin // BLOCK, tl.cdiv(tl.maximum(end, begin), BLOCK), cut, T

@@ -19,7 +19,7 @@ LOG2E = 1.4426950408889634
 # programs per multiprocessor at most: as many as there is room for, or fewer where one sums up what all have done
 SCORING, WEIGHING, SELECTING, ATTENDING = 3, 8, 2, 2
 # tokens a step of each kernel takes; on a GPU many are in flight at once
-SELECT_TILE, ATTEND_TILE, NEAR_TILE, ENCODE_TILE, FIT_TILE = 1024, 64, 64, 16, 32
+SELECT_TILE, ATTEND_TILE, NEAR_TILE, ENCODE_TILE = 1024, 64, 64, 16
 # near tokens that one program of the score kernel weighs
 NEAR_SHARE = 128
 # bins of a row's coarse histogram, and candidates of a row that its last program holds in registers
@@ -98,6 +98,16 @@ class Shape:
         if self.device.type != "cuda":
             return 4
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
+
+    @property
+    def fit_tile(self) -> int:
+        """Keys that statistics are fitted on at once: what registers hold."""
+        return 32 if self.dim <= 128 else 16
+
+    def attend_tile(self, item_bytes: int) -> int:
+        """Tokens attended to at once: three tiles of keys and values fit where a block has 99 KB of shared memory."""
+        row_bytes = (power_of_two(self.dim) + power_of_two(self.value_dim)) * item_bytes
+        return ATTEND_TILE * 512 // min(2048, max(512, power_of_two(row_bytes)))
 
     def programs(self, busy: int, least: int, tokens: int) -> int:
         """Programs for each row and head: at most `busy` a multiprocessor in all, of `least` tokens each at least."""
@@ -214,7 +224,8 @@ def _aligned(size: int) -> int:
 def row_major(coded: Coded) -> tuple[Tensor, Tensor, Statistics]:
     """Codes, factors and statistics of a sketch, one KV head behind the other, as kernels walk them."""
     codes, factors = coded.codes, coded.factors
-    if codes.stride(0) != codes.shape[1] * codes.stride(1) or factors.stride(0) != factors.shape[1] * factors.stride(1):
+    of_row = codes.shape[1] * codes.stride(1), factors.shape[1] * factors.stride(1)
+    if codes.shape[0] > 1 and (codes.stride(0), factors.stride(0)) != of_row:
         raise ShapeError("the rows of a sketch must lie behind each other, one KV head after the other")
     return codes, factors, coded.statistics
 

@@ -31,9 +31,9 @@ def normaliser(peaks, masses, partials, GP: tl.constexpr, GS: tl.constexpr, P: t
 
 @triton.jit
 def share_bits(x, lse, there, G: tl.constexpr, GS: tl.constexpr):
-    """Bits of the group's shares [T] from logits x [T, GS], normalisers being lse [GS]; -1 where not `there` [T]."""
+    """Bits of the group's shares [T] from logits x [T, GS] and normalisers lse of that shape; -1 where not `there`."""
     real = there[:, None] & (tl.arange(0, GS) < G)[None, :]
-    share = tl.sum(tl.where(real, tl.exp2(x.to(tl.float32) - lse[None, :]), 0.0), 1) / G
+    share = tl.sum(tl.where(real, tl.exp2(x.to(tl.float32) - lse), 0.0), 1) / G
     # NaN and infinity would have bits beyond any histogram
     share = tl.where(share == share, tl.minimum(share, 1.5), 0.0)
     return tl.where(there, share.to(tl.int32, bitcast=True), -1)
@@ -98,7 +98,7 @@ def weigh_kernel(
         below = of_heads
         if not PLAIN:
             below -= tl.load(base + at // TILE * GP + g)
-        bits = share_bits(x, below, is_middle(at + item, skipped, width, middle, MASKED), G, GS)
+        bits = share_bits(x, below[None, :], is_middle(at + item, skipped, width, middle, MASKED), G, GS)
         best = tl.max(tl.reshape(bits, (TILE // BLOCK, BLOCK)), 1)
         tl.store(blocks + at // BLOCK + tl.arange(0, TILE // BLOCK), best)
         real += (bits >= 0).to(tl.int32)
