@@ -185,6 +185,23 @@ def test_a_mask_with_holes_is_refused():
         model(tiny.prompt(1, 9), attention_mask=mask, past_key_values=StaticSparseCache(model.config, BITING, CAPACITY))
 
 
+def test_a_mask_of_ones_own_is_kept_to_while_a_prompt_is_read():
+    model = enable(tiny.build("llama", num_hidden_layers=1), BITING)
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    # only the newest token sees the fourth
+    mask[..., 4:-1, 3] = False
+    caches = SparseCache(model.config, BITING), StaticSparseCache(model.config, BITING, CAPACITY)
+    with torch.no_grad():
+        grown, static = (model(tiny.prompt(1, 9), attention_mask=mask, past_key_values=c).logits for c in caches)
+        causal = model(tiny.prompt(1, 9)).logits
+    torch.testing.assert_close(static, grown, rtol=0, atol=2e-6)
+    assert not torch.allclose(static[:, 5], causal[:, 5], atol=1e-3)
+    with pytest.raises(UnsupportedError, match="takes bool masks"):
+        model(
+            tiny.prompt(1, 9), attention_mask=mask.float(), past_key_values=StaticSparseCache(model.config, BITING, 16)
+        )
+
+
 def test_keys_that_are_not_finite_are_refused():
     keys = torch.zeros(1, 2, 9, 16)
     tokens = StaticTokens(BITING, keys, keys, CAPACITY)

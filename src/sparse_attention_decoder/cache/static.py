@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
 from sparse_attention_decoder.cache.sketch import fit_length
@@ -42,7 +41,7 @@ class StaticTokens:
     """Keys, values and sketch of one layer, with room for `capacity` tokens, and a length that the device counts.
 
     A decode step is `append` and `read`: two torch ops whose sizes and addresses never change. Prompts are written by
-    `write`, attended to by whoever wrote them, and coded by `code`. Those three ask the host; the first two do not.
+    `write`, attended to by whoever wrote them, and coded by `code`; that waits for the device, a step does not.
 
     Args:
         config: policy "sketch", or "dense" for the baseline; backend triton, which leaves the length to the device.

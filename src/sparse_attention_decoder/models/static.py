@@ -65,19 +65,21 @@ class StaticSparseLayer(StaticLayer):
         """Attention of a prompt's queries [B, Hq, N, D], by `attend(keys, values, mask)` on what is held.
 
         Raises:
-            UnsupportedError: a mask with holes.
+            UnsupportedError: a mask with holes, or not of bools.
         """
         assert self.state is not None
         held, count = int(self.state.length), query.shape[2]
         seen = None if mask is None else mask[..., :held]
         if seen is not None:
-            real = seen[:, 0, -1]
+            if seen.dtype != torch.bool:
+                raise UnsupportedError(f"a static cache takes bool masks; this one is {seen.dtype}")
+            real = seen[:, 0, -1].int()
             starts = real.shape[1] - real.sum(-1)
             if bool((real.cummax(-1).values != real).any()):
                 raise UnsupportedError("a static cache takes rows padded on the left; this mask has holes")
             self.state.starts.copy_(starts.expand(query.shape[0]))
-            if count == held and not bool(starts.any()):
-                # plain causal attention, which needs no mask and is faster without
+            # plain causal attention is faster without a mask
+            if count == held and bool((seen == torch.ones_like(seen[:1, :1]).tril()).all()):
                 seen = None
         output = attend(self.state.keys[:, :, :held], self.state.values[:, :, :held], seen)
         self.state.code()
@@ -112,6 +114,7 @@ class StaticSparseCache(StaticCache):
         model_config: the transformers config of a model that `enable` was called on.
         config: what a decode step reads; policy "sketch" or "dense".
         capacity: tokens it can hold, prompt and answer together.
+    The prompt's mask says which tokens on the left are padding; masks of decode steps are not looked at.
     A token more than it can hold has no place: its output is NaN. `reads` says what was read.
     """
 
