@@ -327,7 +327,7 @@ def unpack_kernel(
                     of = tl.load(weights.to(tl.pointer_type(tl.int32)) + (plane * W + word) * G + head)
                     sums = product4(own, tl.broadcast_to(of[None, :], (T, G)), sums)
         else:
-            first, second, third, fourth = planes(load_codes(codes, tile * T, tiles * T, T, W, KB), HOW == 0)
+            first, second, third, fourth = planes(load_codes(codes, tile * T, tiles * T, T, W, KB, 1), HOW == 0)
             at = weights + byte[:, None] * G + head[None, :]
             ones = tl.dot(first, tl.load(at), out_dtype=tl.int32)
             ones = tl.dot(third, tl.load(at + 2 * KB * G), acc=ones, out_dtype=tl.int32)

@@ -28,7 +28,7 @@ class TritonKernels(ReferenceKernels):
         if find_spec("triton") is None:
             return "triton is not installed (pip install 'sparse-attention-decoder[gpu]')"
         if request.device.type != "cuda":
-            # the interpreter is there for tests: it is asked for by a variable, and by name
+            # the interpreter is there for tests, and asked for by a variable
             if request.device.type != "cpu" or not interpreted():
                 return f"device {request.device} is not a CUDA GPU"
         elif torch.cuda.get_device_capability(request.device) < (8, 0):

@@ -44,8 +44,12 @@ def planes(packed, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_codes(codes, start, stop, T: tl.constexpr, W: tl.constexpr, KB: tl.constexpr):
-    """Packed codes [T, KB] of T tokens from `start`, a multiple of 16; blocks that begin at or behind `stop` are 0."""
+def load_codes(codes, start, stop, T: tl.constexpr, W: tl.constexpr, KB: tl.constexpr, FOLD: tl.constexpr):
+    """Packed codes [T / FOLD, FOLD * KB] of T tokens from `start`, a multiple of 16; blocks from `stop` on are 0.
+
+    FOLD tokens of a block lie side by side in a row: see `token_of`.
+    """
+    ROWS: tl.constexpr = 16 // FOLD
     codes += start.to(tl.int64) * (4 * W)
     if 4 * W == KB:
         # whole blocks as they lie, 16 bytes to a load
@@ -54,19 +58,40 @@ def load_codes(codes, start, stop, T: tl.constexpr, W: tl.constexpr, KB: tl.cons
             codes + block[:, None] * (64 * W) + tl.arange(0, 64 * W)[None, :],
             mask=(start + block * 16 < stop)[:, None], other=0,
         )  # fmt: skip
-        packed = tl.reshape(tl.permute(tl.reshape(raw, (T // 16, W, 16, 4)), (0, 2, 1, 3)), (T, KB))
+        by_row = tl.permute(tl.reshape(raw, (T // 16, W, FOLD, ROWS, 4)), (0, 3, 2, 1, 4))
+        packed = tl.reshape(by_row, (T // FOLD, FOLD * KB))
     else:
-        token, byte = tl.arange(0, T), tl.arange(0, KB)
-        place = (token // 16 * (64 * W) + token % 16 * 4)[:, None] + (byte // 4 * 64 + byte % 4)[None, :]
-        there = (start + token // 16 * 16 < stop)[:, None] & (byte < 4 * W)[None, :]
+        row, column = tl.arange(0, T // FOLD), tl.arange(0, FOLD * KB)
+        byte = column % KB
+        of_row = (row // ROWS * (64 * W) + row % ROWS * 4)[:, None]
+        place = of_row + (column // KB * (4 * ROWS) + byte // 4 * 64 + byte % 4)[None, :]
+        there = (start + row // ROWS * 16 < stop)[:, None] & (byte < 4 * W)[None, :]
         packed = tl.load(codes + place, mask=there, other=0)
     return packed
 
 
 @triton.jit
-def weigh_query(query, mean, deviation, parts, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+def token_of(T: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, FOLD: tl.constexpr):
+    """Which token of a tile each score [T / FOLD, GP] is of: GS columns for each of the FOLD tokens of a row."""
+    ROWS: tl.constexpr = 16 // FOLD
+    row, column = tl.arange(0, T // FOLD), tl.arange(0, GP)
+    return (row // ROWS * 16 + row % ROWS)[:, None] + (column // GS * ROWS)[None, :]
+
+
+@triton.jit
+def weigh_query(
+    query,
+    mean,
+    deviation,
+    parts,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    GS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
     """The rotated query as whole weights [GP, DP], their step, their sum, and its product with the mean."""
-    head, channel = tl.arange(0, GP), tl.arange(0, DP)
+    head, channel = tl.arange(0, GP) % GS, tl.arange(0, DP)
     inside = (head < G)[:, None] & (channel < D)[None, :]
     x = tl.load(query + head[:, None] * D + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     x = rotate(x, parts, GP, D, DP)
@@ -81,12 +106,16 @@ def weigh_query(query, mean, deviation, parts, G: tl.constexpr, GP: tl.constexpr
 
 
 @triton.jit
-def plane_weights(whole, plane: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, KB: tl.constexpr):
-    """Weights int8 [KB, GP] of the channels in bits 2 * plane of the code's bytes."""
-    byte = tl.arange(0, KB)
-    channel = tl.broadcast_to(tl.minimum(plane * 4 * W + byte, D - 1)[None, :], (GP, KB))
-    own = tl.where((byte < 4 * W) & (plane * 4 * W + byte < D), 1.0, 0.0)[None, :]
-    return tl.trans((tl.gather(whole, channel, 1) * own).to(tl.int8))
+def plane_weights(
+    whole, plane: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, W: tl.constexpr, KB: tl.constexpr,
+    FOLD: tl.constexpr,
+):  # fmt: skip
+    """Weights int8 [FOLD * KB, GP] of the channels in bits 2 * plane of the bytes of a column's own token."""
+    place, column = tl.arange(0, FOLD * KB), tl.arange(0, GP)
+    byte = place % KB
+    channel = tl.broadcast_to(tl.minimum(plane * 4 * W + byte, D - 1)[None, :], (GP, FOLD * KB))
+    real = ((byte < 4 * W) & (plane * 4 * W + byte < D))[None, :] & ((column // GS)[:, None] == (place // KB)[None, :])
+    return tl.trans(tl.where(real, tl.gather(whole, channel, 1), 0.0).to(tl.int8))
 
 
 @triton.jit
@@ -164,8 +193,9 @@ def score_kernel(
                 query, keys, key_token, near + listed, near_valid + listed, count, scale,
                 G, GP, D, DP, N, MARKED, UPCAST,
             )  # fmt: skip
-            tl.store(peaks + place, peak)
-            tl.store(masses + place, mass)
+            # columns of other tokens of a row, which there are none of here
+            tl.store(peaks + place, tl.where(g < GS, peak, float("-inf")))
+            tl.store(masses + place, tl.where(g < GS, mass, 0.0))
     elif not whole_row:
         peak, mass = score_share(
             query, codes + row.to(tl.int64) * code_row, factors + row.to(tl.int64) * factor_row,
@@ -185,12 +215,14 @@ def score_share(
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """Score every tile of one share of one head's middle; its largest logit [GP] and sum of exponentials."""
-    whole, step, total, centre = weigh_query(query, mean, deviation, parts, G, GP, D, DP)
-    first_weights = plane_weights(whole, 0, GP, D, W, KB)
-    second_weights = plane_weights(whole, 1, GP, D, W, KB)
-    third_weights = plane_weights(whole, 2, GP, D, W, KB)
-    fourth_weights = plane_weights(whole, 3, GP, D, W, KB)
-    g, token = tl.arange(0, GP), tl.arange(0, T)
+    # where there are fewer heads than a tensor core has columns, a row is more than one token
+    FOLD: tl.constexpr = GP // GS
+    whole, step, total, centre = weigh_query(query, mean, deviation, parts, G, GP, GS, D, DP)
+    first_weights = plane_weights(whole, 0, GP, GS, D, W, KB, FOLD)
+    second_weights = plane_weights(whole, 1, GP, GS, D, W, KB, FOLD)
+    third_weights = plane_weights(whole, 2, GP, GS, D, W, KB, FOLD)
+    fourth_weights = plane_weights(whole, 3, GP, GS, D, W, KB, FOLD)
+    g, token = tl.arange(0, GP), token_of(T, GP, GS, FOLD)
     start = low // 16 * 16
     tiles = tl.cdiv(tl.maximum(high - start, 0), T)
     if high <= low:
@@ -202,7 +234,7 @@ def score_share(
     peak, mass = tl.full((GP,), float("-inf"), tl.float32), tl.zeros((GP,), tl.float32)
     for tile in range(split * own, tl.minimum(tiles, split * own + own)):
         at = start + tile * T
-        packed = load_codes(codes, at, high, T, W, KB)
+        packed = load_codes(codes, at, high, T, W, KB, FOLD)
         first, second, third, fourth = planes(packed, PACKED)
         ones = tl.dot(first, first_weights, out_dtype=tl.int32)
         ones = tl.dot(third, third_weights, acc=ones, out_dtype=tl.int32)
@@ -213,16 +245,17 @@ def score_share(
         if MASKED:
             inside &= tl.load(middle + at + token - low, mask=inside, other=0) != 0
         factor = tl.load(factors + at + token, mask=inside, other=0.0).to(tl.float32)
-        x = (sums * slope[None, :] - offset[None, :]) * factor[:, None] + level[None, :]
-        place = (tile * T + token)[:, None] * GS + g[None, :]
+        x = (sums * slope[None, :] - offset[None, :]) * factor + level[None, :]
+        place = (tile * T + token) * GS + (g % GS)[None, :]
         if PLAIN:
-            tl.store(logits + place, x, mask=inside[:, None] & (g < GS)[None, :])
+            tl.store(logits + place, x, mask=inside)
         else:
-            x = tl.where(inside[:, None], x, float("-inf"))
-            highest = tl.max(x, 0)
+            x = tl.where(inside, x, float("-inf"))
+            of_heads = tl.max(tl.reshape(tl.max(x, 0), (FOLD, GS)), 0)
+            highest = tl.reshape(tl.broadcast_to(of_heads[None, :], (FOLD, GS)), (GP,))
             tl.store(base + tile * GP + g, highest)
             below = x - tl.where(highest == float("-inf"), 0.0, highest)[None, :]
-            tl.store(logits + place, below.to(tl.float16), mask=(g < GS)[None, :])
+            tl.store(logits + place, below.to(tl.float16))
             peak, mass = add_mass(peak, mass, highest, tl.sum(tl.exp2(below), 0))
     return peak, mass
 

@@ -83,7 +83,8 @@ def weigh_kernel(
     # where the middle is empty nothing was scored: what lies there is not of this step
     scored = tl.where(width > 0, partials, 0)
     item, g, bins = tl.arange(0, TILE), tl.arange(0, GS), tl.arange(0, COARSE)
-    of_heads = normaliser(peaks + row * partials * GP, masses + row * partials * GP, scored, GP, GS, 64)
+    # a column for each head and token of a row, GS of heads to a token
+    of_heads = normaliser(peaks + row * partials * GP, masses + row * partials * GP, scored * (GP // GS), GS, GS, 128)
     if split == 0:
         tl.store(lse + row * GS + g, of_heads)
     logits += row.to(tl.int64) * room * GS
