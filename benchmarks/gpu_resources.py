@@ -35,7 +35,8 @@ from triton.runtime import JITFunction
 from sparse_attention_decoder.kernels import Coded, Statistics
 from sparse_attention_decoder.kernels.triton.append import append
 from sparse_attention_decoder.kernels.triton.attend import launch_attend
-from sparse_attention_decoder.kernels.triton.score import launch_score, load_codes, planes
+from sparse_attention_decoder.kernels.triton.codes import load_codes, planes
+from sparse_attention_decoder.kernels.triton.score import launch_score
 from sparse_attention_decoder.kernels.triton.select import launch_select
 from sparse_attention_decoder.kernels.triton.shapes import (
     NEAR_TILE,

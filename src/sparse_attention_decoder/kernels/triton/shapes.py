@@ -89,8 +89,8 @@ class Shape:
 
     @property
     def score_tile(self) -> int:
-        """Tokens scored at once: as many as three tiles of codes in shared memory allow."""
-        return 512 if self.code_bytes == 32 else 256
+        """Tokens scored at once: as many as shared memory, for three tiles of codes, and registers allow."""
+        return 512 if self.code_bytes == 32 and self.scored_group == 8 else 256
 
     @cached_property
     def multiprocessors(self) -> int:
