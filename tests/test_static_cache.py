@@ -211,6 +211,31 @@ def test_keys_that_are_not_finite_are_refused():
         tokens.code()
 
 
+def test_a_prompt_in_pieces_is_coded_as_it_is_at_once_and_no_token_twice_between_fits():
+    keys = torch.randn(2, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    whole, pieces = (StaticTokens(BITING, keys, keys, CAPACITY) for _ in range(2))
+    for tokens in (whole, pieces):
+        # the other row begins in the second piece
+        tokens.starts.copy_(torch.tensor([0, 35]))
+    whole.write(keys, keys)
+    whole.code()
+    encoded = []
+    kernels = pieces._kernels
+    plain = kernels.encode
+    kernels.encode = lambda new, coded, start: (encoded.append((start, new.shape[2])), plain(new, coded, start))
+    # statistics are of the first 33 tokens from 33 to 40, and of none below 8
+    for piece in keys.split([33, 5, 2], dim=2):
+        pieces.write(piece, piece)
+        pieces.code()
+    assert encoded == [(0, 33), (33, 5), (38, 2)]
+    for ours, theirs in (
+        (pieces.coded.codes, whole.coded.codes),
+        (pieces.coded.factors, whole.coded.factors),
+        (pieces.coded.statistics.mean, whole.coded.statistics.mean),
+    ):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("what", ["reorder_cache", "offload", "prefetch"])
 def test_what_would_move_its_memory_is_refused(what):
     layer = StaticSparseCache(tiny.build("llama").config, BITING, CAPACITY).layers[0]

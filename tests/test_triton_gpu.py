@@ -16,6 +16,7 @@ from sparse_attention_decoder.selection import Rows
 
 GPU = torch.device("cuda")
 SCALING = 0.2
+# of the CUDA toolkit, which PyTorch does not bring along
 SANITIZER = shutil.which("compute-sanitizer")
 
 pytestmark = on_a_gpu

@@ -9,11 +9,11 @@ from triton_cases import home, on
 
 from sparse_attention_decoder.cache import Sketch
 from sparse_attention_decoder.kernels import Coded, Statistics
-from sparse_attention_decoder.kernels.triton import ops as _registers_the_ops  # noqa: F401
+from sparse_attention_decoder.kernels.triton import ops
 from sparse_attention_decoder.kernels.triton.shapes import Plan, Scratch, Shape
 from sparse_attention_decoder.selection import Rows
 
-OPS = torch.ops.sparse_attention_decoder
+OPS = ops
 
 
 class Tokens:

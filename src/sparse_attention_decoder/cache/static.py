@@ -66,6 +66,8 @@ class StaticTokens:
                 "triton and a CUDA device, elsewhere use the cache that grows"
             )
         self.config, self.capacity = config, capacity
+        # the first token of prompts that are written and not coded yet
+        self._uncoded: int | None = None
         batch, heads, _, dim = keys.shape
         device, near = keys.device, config.sink_tokens + config.attention_window
         self.keys = fixed(keys.new_zeros(batch, heads, capacity, dim))
@@ -105,21 +107,28 @@ class StaticTokens:
         self.keys[:, :, held : held + count] = keys
         self.values[:, :, held : held + count] = values
         self.length.fill_(held + count)
+        if self._uncoded is None:
+            self._uncoded = held
 
     def code(self) -> None:
-        """Code all that is held, as the cache that grows would: statistics of each row's first `fit_length` tokens.
+        """Code what was written, as the cache that grows would: statistics of each row's first `fit_length` tokens.
+
+        All that is held is coded anew if those have become more since the newest token coded, here or by `append`.
 
         Raises:
             NonFiniteError: a key holds NaN or infinity.
         """
-        held = int(self.length)
-        for row, start in enumerate(self.starts.tolist()):
-            fitted = slice(start + self.config.sink_tokens, start + fit_length(held - start))
-            mean, deviation = self._kernels.fit(self.keys[row, :, fitted])
-            self.coded.statistics.mean[row], self.coded.statistics.deviation[row] = mean, deviation
-        self._kernels.encode(self.keys[:, :, :held], self.coded, 0)
-        factors = self.coded.factors[:, :, :held]
-        real = torch.arange(held, device=factors.device) >= self.starts[:, None, None]
+        held, first, starts = int(self.length), self._uncoded or 0, self.starts.tolist()
+        if first == 0 or any(fit_length(held - start) != fit_length(first - start) for start in starts):
+            first = 0
+            for row, start in enumerate(starts):
+                fitted = slice(start + self.config.sink_tokens, start + fit_length(held - start))
+                mean, deviation = self._kernels.fit(self.keys[row, :, fitted])
+                self.coded.statistics.mean[row], self.coded.statistics.deviation[row] = mean, deviation
+        self._kernels.encode(self.keys[:, :, first:held], self.coded, first)
+        self._uncoded = None
+        factors = self.coded.factors[:, :, first:held]
+        real = torch.arange(first, held, device=factors.device) >= self.starts[:, None, None]
         if not bool((factors.isfinite() | ~real).all()):
             raise NonFiniteError("cached keys hold NaN or infinity; check the model's weights and its dtype")
 
@@ -152,6 +161,7 @@ class StaticTokens:
 
     def reset(self) -> None:
         """Forget what is held; the memory stays."""
+        self._uncoded = None
         self.length.zero_()
         self.starts.zero_()
         self.tally.zero_()

@@ -236,6 +236,8 @@ def parts_on(dim: int, device: torch.device) -> Tensor:
     return rotation_parts(dim).to(device)
 
 
+# every layer of every step asks the same
+@lru_cache(maxsize=16)
 def threshold_bits(threshold: float) -> int:
     """Bits of a float32: a share is above the threshold where its own are larger. Off is above every share."""
     if threshold <= 0:

@@ -12,13 +12,13 @@ BLOCK = tl.constexpr(16)
 
 
 @triton.jit
-def normaliser(peaks, masses, partials, GP: tl.constexpr, GS: tl.constexpr, P: tl.constexpr):
+def normaliser(peaks, masses, partials, GS: tl.constexpr, P: tl.constexpr):
     """Log-sum-exp, base 2, of each head [GS], from `partials` pairs of a largest logit and a sum of exponentials."""
     g, part = tl.arange(0, GS), tl.arange(0, P)
     peak, mass = tl.full((GS,), float("-inf"), tl.float32), tl.zeros((GS,), tl.float32)
     for begin in range(0, partials, P):
-        there = (begin + part < partials)[:, None] & (g < GP)[None, :]
-        place = (begin + part)[:, None] * GP + g[None, :]
+        there = (begin + part < partials)[:, None]
+        place = (begin + part)[:, None] * GS + g[None, :]
         x = tl.load(peaks + place, mask=there, other=float("-inf"))
         of = tl.load(masses + place, mask=there, other=0.0)
         highest = tl.maximum(peak, tl.max(x, 0))
@@ -84,7 +84,7 @@ def weigh_kernel(
     scored = tl.where(width > 0, partials, 0)
     item, g, bins = tl.arange(0, TILE), tl.arange(0, GS), tl.arange(0, COARSE)
     # a column for each head and token of a row, GS of heads to a token
-    of_heads = normaliser(peaks + row * partials * GP, masses + row * partials * GP, scored * (GP // GS), GS, GS, 128)
+    of_heads = normaliser(peaks + row * partials * GP, masses + row * partials * GP, scored * (GP // GS), GS, 128)
     if split == 0:
         tl.store(lse + row * GS + g, of_heads)
     logits += row.to(tl.int64) * room * GS
