@@ -4,7 +4,7 @@ import inspect
 import logging
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from transformers.masking_utils import sdpa_mask
 from sparse_attention_decoder.attention import decode_step
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import NonFiniteError, UnsupportedError
-from sparse_attention_decoder.models import families
+from sparse_attention_decoder.models import compiled, families
 from sparse_attention_decoder.models.cache import LAYER_TAG, STOCK_TAG, SparseCache, SparseLayer
 from sparse_attention_decoder.models.static import StaticSparseCache, StaticSparseLayer
+from sparse_attention_decoder.models.step import STEP_TAG, TracedCache, attend_traced
 from sparse_attention_decoder.selection import Rows
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
     """
     families.check(model)
     _require_finite_weights(model)
-    disable(model)
+    # a compiled step stays: it serves any config
+    _take_off(model)
     config = config or AttentionConfig()
     previous = model.config._attn_implementation
     AttentionInterface.register(NAME, sparse_attention_forward)
@@ -91,6 +93,12 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
 
 def disable(model: Model) -> Model:
     """Undo `enable`: the model is as it was before. Does nothing to a model that is not enabled."""
+    compiled.remove(model)
+    _take_off(model)
+    return model
+
+
+def _take_off(model: PreTrainedModel) -> None:
     state: _Enabled | None = getattr(model, _STATE, None)
     if state is not None:
         state.hook.remove()
@@ -100,7 +108,6 @@ def disable(model: Model) -> Model:
         if state.own_preparation is not None:
             setattr(model, _PREPARE, state.own_preparation)
         model.set_attn_implementation(state.previous)
-    return model
 
 
 def sparse_attention_forward(
@@ -126,6 +133,8 @@ def sparse_attention_forward(
     for name in _MODIFIERS:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} passes {name}, which sparse attention does not support")
+    if hasattr(key, STEP_TAG) and getattr(value, STEP_TAG, None) == getattr(key, STEP_TAG):
+        return attend_traced(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     layer: SparseLayer | StaticSparseLayer | None = getattr(key, LAYER_TAG, None)
     # a model may change keys or values behind the cache, as MLA and differential attention do
     if getattr(value, LAYER_TAG, None) is not layer:
@@ -191,16 +200,17 @@ def _rows(batch: int, length: int, mask: Tensor | None) -> Rows | None:
 
 def _give_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Forward pre-hook: put a SparseCache where the model would make a dynamic one."""
-    if isinstance(kwargs.get("past_key_values"), StaticSparseCache):
+    if isinstance(kwargs.get("past_key_values"), (StaticSparseCache, TracedCache)):
         # a compiled step goes through here: nothing to find out, and nothing a compiler could stumble over
+        return args, kwargs
+    if isinstance(kwargs.get("past_key_values"), SparseCache) and not _asks_for_weights(model, kwargs):
         return args, kwargs
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
     # forward collects what it does not name under its own **kwargs
     given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     model_config: Any = model.config
     text_config = model_config.get_text_config(decoder=True)
-    wanted = given.get("output_attentions")
-    if model_config.output_attentions if wanted is None else wanted:
+    if _asks_for_weights(model, given):
         raise UnsupportedError(
             "output_attentions does not work under sparse attention; use SparseAttention.trace(text)"
         )
@@ -214,6 +224,11 @@ def _give_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     if type(held) is DynamicCache and held.get_seq_length() > 0:
         _warn_once("a stock DynamicCache was passed: this model decodes densely on it; pass a SparseCache or none")
     return args, kwargs
+
+
+def _asks_for_weights(model: nn.Module, given: dict[str, Any]) -> bool:
+    wanted, model_config = given.get("output_attentions"), cast("Any", model.config)
+    return bool(model_config.output_attentions if wanted is None else wanted)
 
 
 def _require_finite_weights(model: nn.Module) -> None:

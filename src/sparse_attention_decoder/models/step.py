@@ -1,0 +1,99 @@
+"""A decode step as a compiler sees it: what a layer's cache does is one opaque op, so one graph serves all lengths."""
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from sparse_attention_decoder.attention import decode_step
+from sparse_attention_decoder.kernels.cpu import NAMESPACE
+from sparse_attention_decoder.models.cache import SparseCache
+from sparse_attention_decoder.selection import Rows
+
+# how the attention function finds out, while a graph is traced, which layer it is in
+STEP_TAG = "_sparse_step"
+
+# the cache of the step that runs on this thread: a graph takes tensors only
+_running = threading.local()
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+# it appends to the cache of the running step; nothing else reads or writes that, so the graph need not know
+_library.define("decode(Tensor query, Tensor key, Tensor value, int layer, float scaling) -> Tensor")
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
+    own = _running.cache.layers[layer]
+    own.update(key, value)
+    rows = Rows.full(query.shape[0], own.state.buffer.length)
+    decoded = decode_step(query[:, :, 0], own.state, rows, scaling)
+    own.last = (query[:, :, 0], rows, scaling, decoded)
+    return decoded.output.unsqueeze(1)
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[3])
+
+
+_library.impl("decode", _decode, "CPU")
+torch.library.register_fake(f"{NAMESPACE}::decode", _fake)
+
+
+class TracedCache(DynamicCache):
+    """Stands for a SparseCache while a decode step is traced: keys and values go to the op as they come.
+
+    It says it holds nothing, so that no length gets into the graph: positions are an input, one query needs no mask.
+    """
+
+    def __init__(self, model_config: PreTrainedConfig) -> None:
+        super().__init__(config=model_config)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """The new key and value [B, Hkv, 1, D], tagged with their layer."""
+        key, value = key_states.view_as(key_states), value_states.view_as(value_states)
+        for view in (key, value):
+            setattr(view, STEP_TAG, layer_idx)
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Nothing."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The new token alone."""
+        return query_length, 0
+
+
+def attend_traced(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention [B, 1, Hq, Dv] of a traced step's queries [B, Hq, 1, D]: the op, by the tag on the key."""
+    output: Tensor = torch.ops.sparse_attention_decoder.decode(query, key, value, getattr(key, STEP_TAG), scaling)
+    return output
+
+
+class TracedStep(nn.Module):
+    """The module that is compiled: ids and positions [B, 1] int64 in, logits [B, 1, V] out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits [B, 1, V] of the token behind those that the running cache holds."""
+        cache = TracedCache(self.model.config)
+        logits: Tensor = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        return logits
+
+
+class running_on:  # noqa: N801
+    """While it is entered, steps of this thread append to and read this cache."""
+
+    def __init__(self, cache: SparseCache) -> None:
+        self._cache = cache
+
+    def __enter__(self) -> None:
+        _running.cache = self._cache
+
+    def __exit__(self, *_: object) -> None:
+        del _running.cache

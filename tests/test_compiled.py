@@ -1,0 +1,169 @@
+"""The compiled decode step: the tokens, logits and reads of the eager one, at every length, from disk the next time."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+
+from sparse_attention_decoder import AttentionConfig, SparseCache, disable, enable
+from sparse_attention_decoder.errors import BackendError, CacheDirectoryError, UnsupportedError
+from sparse_attention_decoder.kernels.cpu import NAMESPACE
+from sparse_attention_decoder.models import compiled
+
+# dense at first, sparse from 40 tokens on
+TURNING = AttentionConfig(dense_below=40, sink_tokens=2, attention_window=4, top_k=5, threshold=None)
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """Where compiled steps are kept while these tests run: each is compiled once."""
+    return tmp_path_factory.mktemp("steps")
+
+
+@pytest.fixture(autouse=True)
+def _kept_there(steps, monkeypatch):
+    monkeypatch.setenv("SPARSE_ATTENTION_DECODER_CACHE", str(steps))
+
+
+def decoded(model, config, ids, read):
+    """Logits of the tokens of ids [B, T] from `read` on, one by one, and the cache they leave."""
+    cache, logits = SparseCache(model.config, config), []
+    with torch.no_grad():
+        model(ids[:, :read], past_key_values=cache)
+        for at in range(read, ids.shape[1]):
+            logits.append(model(ids[:, at : at + 1], past_key_values=cache).logits[:, -1])
+    return torch.stack(logits, 1), cache
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("config", [tiny.FULL, tiny.FORCED, tiny.BITING, TURNING], ids=["full", "all", "some", "turn"])
+def test_a_compiled_step_is_the_eager_step(config, rows):
+    model, ids = enable(tiny.build("llama"), config), tiny.prompt(rows, 60)
+    expected, eager = decoded(model, config, ids, 25)
+    compiled.install(model)
+    found, cache = decoded(model, config, ids, 25)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    ours, theirs = vars(cache.reads), vars(eager.reads)
+    assert ours.pop("missing_mass") == pytest.approx(theirs.pop("missing_mass"), rel=1e-4, abs=1e-5)
+    assert ours == theirs and cache.get_seq_length() == 60
+
+
+def test_the_step_runs_compiled_and_prompts_do_not(monkeypatch):
+    model, calls = enable(tiny.build("llama"), tiny.BITING), []
+    compiled.install(model)
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    decoded(model, tiny.BITING, tiny.prompt(1, 40), 30)
+    assert len(calls) == 2  # of the prompt, one a layer; no module of transformers ran in the ten steps
+
+
+def test_generate_goes_through_the_compiled_step():
+    model, ids = enable(tiny.build("llama"), tiny.BITING), tiny.prompt(1, 30)
+    expected = tiny.greedy(model, ids, 12)
+    compiled.install(model)
+    found = tiny.greedy(model, ids, 12)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert found.past_key_values.reads.steps == expected.past_key_values.reads.steps
+
+
+def test_another_config_needs_no_other_step(monkeypatch):
+    model = enable(tiny.build("llama"), tiny.BITING)
+    compiled.install(model)
+    monkeypatch.setattr(compiled, "_compile", None)
+    enable(model, TURNING)
+    assert decoded(model, TURNING, tiny.prompt(1, 50), 20)[1].reads.sparse_steps > 0
+
+
+def test_the_next_start_compiles_nothing(monkeypatch):
+    compiled.install(enable(tiny.build("llama"), tiny.BITING))
+    monkeypatch.setattr(compiled, "_compile", None)
+    other = enable(tiny.build("llama", seed=1), tiny.BITING)
+    expected, _ = decoded(other, tiny.BITING, tiny.prompt(1, 40), 30)
+    compiled.install(other)
+    # the weights are this model's, not those it was compiled beside
+    torch.testing.assert_close(decoded(other, tiny.BITING, tiny.prompt(1, 40), 30)[0], expected, rtol=0, atol=2e-5)
+
+
+def test_a_damaged_step_is_compiled_again(steps, caplog):
+    model = enable(tiny.build("llama"), tiny.BITING)
+    compiled.install(model)
+    disable(model)
+    for kept in (steps / "steps").glob("*.pt2"):
+        kept.write_bytes(kept.read_bytes()[:-1] + b"?")
+    with caplog.at_level(logging.INFO):
+        compiled.install(enable(model, tiny.BITING))
+    assert "compiling the decode step" in caplog.text
+    decoded(model, tiny.BITING, tiny.prompt(1, 40), 30)
+
+
+def test_disable_leaves_nothing():
+    model = tiny.build("llama")
+    before = tiny.trace(model)
+    compiled.install(enable(model, tiny.BITING))
+    disable(model)
+    assert tiny.trace(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"attention_mask": torch.tensor([[0, *[1] * 20]])}, "padded"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"return_dict": False}, "tuple"),
+    ],
+)
+def test_what_is_not_compiled_runs_eagerly_and_says_so(options, said, caplog):
+    model, ids = enable(tiny.build("llama"), tiny.FULL), tiny.prompt(1, 21)
+    outputs = []
+    for compiles in (False, True):
+        cache = SparseCache(model.config, tiny.FULL)
+        if compiles:
+            compiled.install(model)
+            compiled._say_once.cache_clear()
+        with torch.no_grad():
+            model(ids[:, :20], past_key_values=cache)
+            outputs.append(model(ids[:, 20:], past_key_values=cache, **options)[0])
+    assert torch.equal(*outputs)
+    assert said in caplog.text
+
+
+def test_gradients_are_kept(caplog):
+    model, ids = enable(tiny.build("llama"), tiny.FULL), tiny.prompt(1, 21)
+    compiled.install(model)
+    compiled._say_once.cache_clear()
+    cache = SparseCache(model.config, tiny.FULL)
+    model(ids[:, :20], past_key_values=cache)
+    assert model(ids[:, 20:], past_key_values=cache).logits.requires_grad
+    assert "autograd" in caplog.text
+
+
+def test_models_with_other_layers_are_refused():
+    with pytest.raises(UnsupportedError, match="full attention"):
+        compiled.install(enable(tiny.build("gemma3_text"), tiny.BITING))
+
+
+def test_without_a_compiler_the_reason_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSE_ATTENTION_DECODER_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiled.torch._inductor, "aoti_compile_and_package", _no_compiler)
+    model = enable(tiny.build("llama"), tiny.BITING)
+    with pytest.raises(BackendError, match="No working C\\+\\+ compiler"):
+        compiled.install(model)
+    assert not hasattr(model, compiled._STATE) and not list((tmp_path / "steps").iterdir())
+
+
+def _no_compiler(*_: object, **__: object) -> str:
+    raise RuntimeError("No working C++ compiler found in torch._inductor.config.cpp.cxx")
+
+
+def test_a_place_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "steps").write_text("a file, where the folder should be")
+    monkeypatch.setenv("SPARSE_ATTENTION_DECODER_CACHE", str(tmp_path))
+    with pytest.raises(CacheDirectoryError, match="compiled step"):
+        compiled.install(enable(tiny.build("llama"), tiny.BITING))
+
+
+def test_the_op_passes_pytorchs_checks():
+    query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16)
+    op = getattr(torch.ops, NAMESPACE).decode.default
+    assert op(*(x.to("meta") for x in (query, key, key)), 0, 1.0).shape == (1, 1, 4, 16)
