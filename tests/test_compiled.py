@@ -143,6 +143,20 @@ def test_models_with_other_layers_are_refused():
         compiled.install(enable(tiny.build("gemma3_text"), tiny.BITING))
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "diffllama"])
+def test_attention_that_does_not_find_the_cache_is_refused(family):
+    with pytest.raises(UnsupportedError, match="0 of 2 layers"):
+        compiled.install(enable(tiny.build(family), tiny.BITING))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "mixtral"])
+def test_other_families_compile(family):
+    model, ids = enable(tiny.build(family), tiny.BITING), tiny.prompt(1, 40)
+    expected, _ = decoded(model, tiny.BITING, ids, 30)
+    compiled.install(model)
+    torch.testing.assert_close(decoded(model, tiny.BITING, ids, 30)[0], expected, rtol=0, atol=2e-5)
+
+
 def test_without_a_compiler_the_reason_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSE_ATTENTION_DECODER_CACHE", str(tmp_path))
     monkeypatch.setattr(compiled.torch._inductor, "aoti_compile_and_package", _no_compiler)

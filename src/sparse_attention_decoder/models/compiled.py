@@ -231,8 +231,11 @@ def _compile_to(model: PreTrainedModel, rows: int, draft: Path) -> int:
     ids = torch.zeros(rows, 1, dtype=torch.int64)
     try:
         traced = torch.export.export(TracedStep(model), (ids, ids.clone()), strict=False)
+        _require_all_layers(model, traced)
         sizes = {int(str(node.args[2])) for node in traced.graph.nodes if "int4pack_mm" in str(node.target)}
         torch._inductor.aoti_compile_and_package(traced, package_path=str(draft), inductor_configs=_OPTIONS)
+    except UnsupportedError:
+        raise
     # no C++ compiler, or a model whose forward depends on numbers in tensors
     except RuntimeError as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -240,3 +243,14 @@ def _compile_to(model: PreTrainedModel, rows: int, draft: Path) -> int:
     if len(sizes) > 1:
         raise BackendError(f"matrices in groups of {sorted(sizes)} cannot be compiled together; expected one size")
     return max(sizes, default=0)
+
+
+def _require_all_layers(model: PreTrainedModel, traced: torch.export.ExportedProgram) -> None:
+    """Attention that did not find the cache would read the new token alone."""
+    found = sum("sparse_attention_decoder.decode" in str(node.target) for node in traced.graph.nodes)
+    expected = len(SparseCache(model.config, AttentionConfig()).layers)
+    if found != expected:
+        raise UnsupportedError(
+            f"compile=True needs attention that takes its keys and values from the cache as they are; in "
+            f"{model.config.model_type} {found} of {expected} layers do; decode it without"
+        )
