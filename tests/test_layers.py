@@ -26,6 +26,7 @@ LEVELS = {
     "cache": 2,
     "policies": 3,
     "attention": 4,
+    "prefill": 4,
     "models": 5,
     "decoder": 6,
     "trace": 6,

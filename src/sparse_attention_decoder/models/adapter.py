@@ -21,12 +21,14 @@ from sparse_attention_decoder.models import compiled, families
 from sparse_attention_decoder.models.cache import LAYER_TAG, STOCK_TAG, SparseCache, SparseLayer
 from sparse_attention_decoder.models.static import StaticSparseCache, StaticSparseLayer
 from sparse_attention_decoder.models.step import STEP_TAG, TracedCache, attend_traced
+from sparse_attention_decoder.prefill import attend_chunk, takes_chunk
 from sparse_attention_decoder.selection import Rows
 
 logger = logging.getLogger(__name__)
 
 NAME = "sparse_attention_decoder"
 ROWS_TAG = "_sparse_rows"
+CAUSAL_TAG = "_sparse_causal"
 _STATE = "_sparse_attention_decoder"
 _PREPARE = "_prepare_cache_for_generation"
 # keyword arguments that change the scores: dropping one in silence would give wrong output
@@ -151,9 +153,13 @@ def sparse_attention_forward(
         elif key.shape[2] > 1 and not hasattr(key, STOCK_TAG):
             _warn_once(f"{type(module).__name__} decodes densely: its keys and values do not come from a SparseCache")
     if rows is None or layer is None:
-        output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        output: tuple[Tensor, Tensor | None]
+        if layer is not None and dropout == 0.0 and takes_chunk(query, key, value) and _is_causal(attention_mask):
+            output = attend_chunk(query, key, value, scale).transpose(1, 2), None
+        else:
+            output = sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
         if layer is not None and layer.state.witness is not None and query.shape[2] > 1:
             seen = _rows(query.shape[0], key.shape[2], attention_mask)
             if seen is not None:
@@ -196,6 +202,18 @@ def _rows(batch: int, length: int, mask: Tensor | None) -> Rows | None:
     rows = Rows.from_mask(mask[:, 0, -1].expand(batch, -1))
     setattr(mask, ROWS_TAG, rows)
     return rows
+
+
+def _is_causal(mask: Tensor | None) -> bool:
+    """Whether a mask [B, 1, N, T] hides the future and nothing else."""
+    if mask is None or mask.dtype != torch.bool or mask.shape[1] != 1:
+        return False
+    known: bool | None = getattr(mask, CAUSAL_TAG, None)
+    if known is None:
+        count, total = mask.shape[2:]
+        known = bool((mask == torch.ones(count, total, dtype=torch.bool).tril(total - count)).all())
+        setattr(mask, CAUSAL_TAG, known)
+    return known
 
 
 def _give_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
