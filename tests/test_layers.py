@@ -29,6 +29,7 @@ LEVELS = {
     "prefill": 4,
     "models": 5,
     "decoder": 6,
+    "session": 6,
     "trace": 6,
     "measure": 7,
     "cli": 8,

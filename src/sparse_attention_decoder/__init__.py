@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from sparse_attention_decoder.models.adapter import disable, enable
     from sparse_attention_decoder.models.cache import SparseCache
     from sparse_attention_decoder.models.static import StaticSparseCache
+    from sparse_attention_decoder.session import Session
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionConfig",
+    "Session",
     "SparseAttention",
     "SparseAttentionError",
     "SparseCache",
@@ -26,6 +28,7 @@ __all__ = [
 
 # these import transformers, which takes seconds: only when first asked for
 _LAZY = {
+    "Session": "session",
     "SparseAttention": "decoder",
     "SparseCache": "models.cache",
     "StaticSparseCache": "models.static",

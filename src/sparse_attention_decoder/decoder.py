@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, InputError
 from sparse_attention_decoder.models.adapter import enable
 from sparse_attention_decoder.models.cache import SparseCache
+from sparse_attention_decoder.models.frame import prompt_ids
 from sparse_attention_decoder.models.ids import check_ids
 from sparse_attention_decoder.models.loading import load
 from sparse_attention_decoder.models.static import StaticSparseCache
 from sparse_attention_decoder.models.stopping import StopWhen
+from sparse_attention_decoder.models.streaming import pieces
+from sparse_attention_decoder.session import Session
 from sparse_attention_decoder.trace import Trace, trace_layer
 
 DEFAULT_NEW_TOKENS = 256
@@ -123,7 +126,7 @@ class SparseAttention(nn.Module):
         cache = StaticSparseCache(self.model.config, self.config, -(-total // CAPACITY_STEP) * CAPACITY_STEP)
         if ids.shape[1] > 3 and (mask is None or bool(mask.all())):
             # two tokens are left to generate: one alone would be a decode step
-            self._read(ids[:, :-2], cache, on_progress)
+            self.read_into(ids[:, :-2], cache, on_progress)
         return cache
 
     def complete(self, text: str, max_new_tokens: int | None = None, chat: bool | None = None, **kwargs: Any) -> str:
@@ -175,11 +178,12 @@ class SparseAttention(nn.Module):
         """
         cache = SparseCache(self.model.config, self.config)
         cache.watch(watched)
-        self._read(input_ids, cache, on_progress)
+        self.read_into(input_ids, cache, on_progress)
         return cache
 
     @torch.no_grad()
-    def _read(self, ids: Tensor, cache: SparseCache | StaticSparseCache, on_progress: Progress | None) -> None:
+    def read_into(self, ids: Tensor, cache: SparseCache | StaticSparseCache, on_progress: Progress | None) -> None:
+        """Read ids [B, T] behind what a cache holds, densely, a chunk at a time; `on_progress` as in `prefill`."""
         self.check_ids(ids, 0)
         total = ids.shape[1]
         done = 0
@@ -192,6 +196,18 @@ class SparseAttention(nn.Module):
             done += chunk.shape[1]
             if on_progress is not None:
                 on_progress(done, total)
+
+    def read(self, document: str | Tensor | None, on_progress: Progress | None = None) -> Session:
+        """Read a document once, to ask about it many times; see `Session`.
+
+        Args:
+            document: text, which becomes the beginning of the user's message where there is a chat template; or
+                ids [1, T], read as they are; or None for a conversation without one.
+            on_progress: called with (tokens read, tokens to read) after each chunk.
+        Raises:
+            InputError: empty, several rows, or text without a tokenizer. ContextLengthError: no room for a question.
+        """
+        return Session.read(self, document, on_progress)
 
     def trace(self, text: str, chat: bool = False) -> Trace:
         """Attention scores: for the text's last position, the tokens read by every layer and KV head.
@@ -220,21 +236,7 @@ class SparseAttention(nn.Module):
         Raises:
             InputError: empty prompt, no tokenizer, or chat asked of a tokenizer without template.
         """
-        tokenizer = self.require_tokenizer()
-        if not text.strip():
-            raise InputError("the prompt is empty; give at least one word")
-        has_template = tokenizer.chat_template is not None
-        if chat and not has_template:
-            raise InputError("chat=True, but the tokenizer has no chat template; use chat=False")
-        if has_template and chat is not False:
-            message = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            ids = tokenizer(text, return_tensors="pt")
-        found: Tensor = ids["input_ids"].to(self.model.device)
-        return found
+        return prompt_ids(self.require_tokenizer(), text, chat).to(self.model.device)
 
     def check_ids(self, ids: Tensor, past: int = 0, new_tokens: int = 0) -> None:
         """Refuse ids [B, T] that the model cannot read behind `past` tokens and before `new_tokens`.
@@ -244,6 +246,17 @@ class SparseAttention(nn.Module):
         """
         check_ids(ids, self.model.get_input_embeddings().num_embeddings, self.context_length, past, new_tokens)
 
+    def room_behind(self, ids: Tensor, past: int, wanted: int | None) -> int:
+        """How many new tokens to ask for behind ids [B, T] behind `past` tokens: `wanted`, or what there is room for.
+
+        Raises:
+            InputError: empty, not integer, out of vocabulary. ContextLengthError: no room for them.
+        """
+        self.check_ids(ids, past, 1 if wanted is None else wanted)
+        if wanted is not None or self.context_length is None:
+            return DEFAULT_NEW_TOKENS if wanted is None else wanted
+        return min(DEFAULT_NEW_TOKENS, self.context_length - past - ids.shape[1])
+
     @property
     def context_length(self) -> int | None:
         """Tokens the model was made for; None where its config does not say."""
@@ -251,44 +264,28 @@ class SparseAttention(nn.Module):
 
     def _prepare(self, text: str, max_new_tokens: int | None, chat: bool | None) -> tuple[Tensor, int]:
         ids = self.prompt_ids(text, chat)
-        self.check_ids(ids, 0, 1 if max_new_tokens is None else max_new_tokens)
-        if max_new_tokens is not None:
-            return ids, max_new_tokens
-        room = DEFAULT_NEW_TOKENS if self.context_length is None else self.context_length - ids.shape[1]
-        return ids, min(DEFAULT_NEW_TOKENS, room)
+        return ids, self.room_behind(ids, 0, max_new_tokens)
 
     def _stream(self, ids: Tensor, on_prefill: Progress | None, kwargs: dict[str, Any]) -> Iterator[str]:
-        streamer = TextIteratorStreamer(self.require_tokenizer(), skip_prompt=True, skip_special_tokens=True)
-        stop = StopWhen()
-        criteria = [*kwargs.pop("stopping_criteria", []), stop]
+        criteria = kwargs.pop("stopping_criteria", [])
 
-        def report(done: int, total: int) -> None:
-            # a reader that has left must not wait for the rest of a long prompt
-            if stop.now.is_set():
-                raise CancelledError
-            assert on_prefill is not None
-            on_prefill(done, total)
+        def generate(streamer: TextIteratorStreamer, stop: StopWhen) -> None:
+            def report(done: int, total: int) -> None:
+                # a reader that has left must not wait for the rest of a long prompt
+                if stop.now.is_set():
+                    raise CancelledError
+                assert on_prefill is not None
+                on_prefill(done, total)
 
-        def work() -> None:
-            try:
-                if kwargs.pop("compile", False):
-                    progress = None if on_prefill is None else report
-                    kwargs["past_key_values"] = self._read_into_static(ids, None, kwargs["max_new_tokens"], progress)
-                elif on_prefill is not None and ids.shape[1] > 2:
-                    # two tokens are left to generate: one alone would be a decode step, and read sparsely
-                    kwargs["past_key_values"] = self.prefill(ids[:, :-2], report)
-                self.generate(ids, streamer=streamer, stopping_criteria=criteria, **kwargs)
-            finally:
-                # without this a failed generate would leave the reader waiting for ever
-                streamer.end()
+            if kwargs.pop("compile", False):
+                progress = None if on_prefill is None else report
+                kwargs["past_key_values"] = self._read_into_static(ids, None, kwargs["max_new_tokens"], progress)
+            elif on_prefill is not None and ids.shape[1] > 2:
+                # two tokens are left to generate: one alone would be a decode step, and read sparsely
+                kwargs["past_key_values"] = self.prefill(ids[:, :-2], report)
+            self.generate(ids, streamer=streamer, stopping_criteria=[*criteria, stop], **kwargs)
 
-        with ThreadPoolExecutor(1) as executor:
-            done = executor.submit(work)
-            try:
-                yield from streamer
-                done.result()
-            finally:
-                stop.now.set()
+        return pieces(self.require_tokenizer(), generate)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; an InputError where there is none."""

@@ -5,6 +5,7 @@ SparseAttentionError
 ├── ShapeError             (ValueError)           tensors that do not fit together
 ├── InputError             (ValueError)           a prompt or ids the model cannot read
 │   └── ContextLengthError                        more tokens than the model was made for
+├── SessionFileError       (ValueError)           a file that holds no session this model can take up
 ├── NonFiniteError         (ArithmeticError)      NaN or infinity in weights or keys
 ├── UnsupportedError       (NotImplementedError)  a model or feature that would come out wrong
 ├── BackendError           (RuntimeError)         kernels asked for by name that cannot serve
@@ -32,6 +33,10 @@ class InputError(SparseAttentionError, ValueError):
 
 class ContextLengthError(InputError):
     """More tokens than the model was made for."""
+
+
+class SessionFileError(SparseAttentionError, ValueError):
+    """No session can be read from that file, or written to it; the message says why."""
 
 
 class NonFiniteError(SparseAttentionError, ArithmeticError):

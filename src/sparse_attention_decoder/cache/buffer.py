@@ -74,6 +74,22 @@ class KVBuffer:
             raise ShapeError(f"cannot truncate to {length} tokens; the cache holds {self.length}")
         self.length = length
 
+    def tensors(self, spare: int) -> dict[str, tuple[Tensor, int]]:
+        """What is held, by name, tokens along axis 2; and how many rows of that axis `spare` more tokens will take."""
+        return {"keys": (self.keys, spare), "values": (self.values, spare)}
+
+    def adopt(self, tensors: dict[str, Tensor], length: int) -> None:
+        """Hold `length` tokens in these very tensors, named as `tensors` names them, with what room they have.
+
+        Raises:
+            ShapeError: they do not fit together, or have no room for so many tokens.
+        """
+        keys, values = tensors["keys"], tensors["values"]
+        self._check_pair(keys, values)
+        if keys.shape[2] < length:
+            raise ShapeError(f"keys {tuple(keys.shape)} have no room for {length} tokens")
+        self._keys, self._values, self.length = keys, values, length
+
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` [B'] int64 held: reorder, repeat or select rows."""
         if self._keys is None or self._values is None:
@@ -97,10 +113,11 @@ class KVBuffer:
         return self._keys, self._values
 
     def _grow(self, capacity: int) -> None:
-        keys, values = self.keys, self.values
-        self._keys, self._values = _allocate(keys, capacity), _allocate(values, capacity)
-        self._keys[:, :, : self.length] = keys
-        self._values[:, :, : self.length] = values
+        keys, values = _allocate(self.keys, capacity), _allocate(self.values, capacity)
+        keys[:, :, : self.length] = self.keys
+        values[:, :, : self.length] = self.values
+        # last: what breaks off before this has lost nothing
+        self._keys, self._values = keys, values
 
     @staticmethod
     def _check_pair(keys: Tensor, values: Tensor) -> None:

@@ -5,8 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sparse_attention_decoder.errors import NonFiniteError
-from sparse_attention_decoder.kernels import Coded, Kernels, Statistics
+from sparse_attention_decoder.errors import NonFiniteError, ShapeError
+from sparse_attention_decoder.kernels import BLOCK, Coded, Kernels, Statistics
 from sparse_attention_decoder.selection import Rows
 
 
@@ -62,10 +62,11 @@ class Sketch:
         if self._coded is None:
             self._allocate(keys)
         stale = [row for row, target in enumerate(targets) if self._fitted[row] != target]
+        if stale:
+            # first: if fitting breaks off, no code counts that other statistics made
+            self.length = 0
         for row in stale:
             self._fit_row(row, keys, rows, targets[row])
-        if stale:
-            self.length = 0
         self._encode(keys, rows)
 
     def truncate(self, length: int) -> None:
@@ -74,6 +75,34 @@ class Sketch:
         for row, reach in enumerate(self._reach):
             if reach > length:
                 self._fitted[row], self._reach[row] = -1, 0
+
+    def tensors(self, spare: int) -> dict[str, tuple[Tensor, int]]:
+        """What was coded, by name, and how many rows of axis 2 `spare` more tokens will take."""
+        held, blocks, more = self.coded, -(-self.length // BLOCK), -(-spare // BLOCK)
+        codes, factors = held.codes[:, :, :blocks], held.factors[:, :, : blocks * BLOCK]
+        moments = {"mean": (held.statistics.mean, 0), "deviation": (held.statistics.deviation, 0)}
+        return {"codes": (codes, more), "factors": (factors, more * BLOCK), **moments}
+
+    def adopt(self, tensors: dict[str, Tensor], keys: Tensor) -> None:
+        """Take over the sketch of all these keys [B, Hkv, T, D] as `tensors` gave it: nothing is coded again.
+
+        Raises:
+            ShapeError: it does not fit the keys. None of them may be padding.
+        """
+        self._allocate(keys)
+        fresh, statistics = self.coded, Statistics(tensors["mean"], tensors["deviation"])
+        given = Coded(tensors["codes"], tensors["factors"], statistics)
+        room, tokens = given.codes.shape[2] * BLOCK, keys.shape[2]
+        fits = statistics.mean.shape == statistics.deviation.shape == fresh.statistics.mean.shape
+        fits = fits and statistics.mean.dtype == statistics.deviation.dtype == fresh.statistics.mean.dtype
+        for held, like in ((given.codes, fresh.codes), (given.factors, fresh.factors)):
+            fits = fits and held.dtype == like.dtype and held[:, :, :0].shape == like[:, :, :0].shape
+        if not fits or not tokens <= given.factors.shape[2] == room:
+            shapes = {name: tuple(held.shape) for name, held in tensors.items()}
+            raise ShapeError(f"a sketch of {shapes} does not fit keys {tuple(keys.shape)}")
+        rows, fitted = keys.shape[0], fit_length(tokens)
+        self._coded, self._rows, self.length = given, Rows.full(rows, tokens), tokens
+        self._fitted, self._reach = [fitted] * rows, [fitted] * rows
 
     @torch.inference_mode(False)
     def take_rows(self, rows: Tensor) -> None:

@@ -1,0 +1,36 @@
+"""A place in a cache to come back to."""
+
+import copy
+
+from sparse_attention_decoder.models.cache import SparseCache, SparseLayer
+
+
+class Bookmark:
+    """Remembers where a cache stands; `go_back` leaves it as it stood there.
+
+    Whatever was appended meanwhile is dropped, also by a forward that broke off between two layers. Keys, values
+    and sketch are cut, which copies nothing. What cannot be cut is kept as a copy: a sliding window of
+    transformers' own, and what a policy saw of the prompt's queries.
+    """
+
+    def __init__(self, cache: SparseCache) -> None:
+        self._cache = cache
+        self._length = cache.get_seq_length()
+        self._kept = [
+            copy.copy(layer.state.witness) if isinstance(layer, SparseLayer) else copy.deepcopy(layer)
+            for layer in cache.layers
+        ]
+
+    def go_back(self) -> None:
+        """Leave the cache as it was when this bookmark was made; may be called any number of times."""
+        for number, kept in enumerate(self._kept):
+            layer = self._cache.layers[number]
+            if not isinstance(layer, SparseLayer):
+                self._cache.layers[number] = copy.deepcopy(kept)
+                continue
+            layer.crop(self._length - layer.get_seq_length())
+            layer.last = None
+            layer.state.witness = copy.copy(kept)
+            if layer.state.policy.evicts:
+                # cutting brings back no token that was thrown away: the next step chooses among all of them
+                layer.state.index = None
