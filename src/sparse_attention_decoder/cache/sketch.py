@@ -79,6 +79,9 @@ class Sketch:
     def tensors(self, spare: int) -> dict[str, tuple[Tensor, int]]:
         """What was coded, by name, and how many rows of axis 2 `spare` more tokens will take."""
         held, blocks, more = self.coded, -(-self.length // BLOCK), -(-spare // BLOCK)
+        # the last block may hold tokens that were truncated since: they are nobody's to read
+        held.codes[:, :, blocks - 1, :, (self.length - 1) % BLOCK + 1 :] = 0
+        held.factors[:, :, self.length :] = 0
         codes, factors = held.codes[:, :, :blocks], held.factors[:, :, : blocks * BLOCK]
         moments = {"mean": (held.statistics.mean, 0), "deviation": (held.statistics.deviation, 0)}
         return {"codes": (codes, more), "factors": (factors, more * BLOCK), **moments}

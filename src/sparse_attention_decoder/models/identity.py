@@ -6,8 +6,8 @@ import json
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-# of a config: where it came from and who wrote it, which no number depends on
-_CIRCUMSTANCES = ("_name_or_path", "transformers_version", "architectures")
+# of a config: where it came from and who wrote it, which no number depends on; the weights say their dtype themselves
+_CIRCUMSTANCES = ("_name_or_path", "transformers_version", "architectures", "dtype")
 
 
 def architecture(config: PreTrainedConfig) -> str:

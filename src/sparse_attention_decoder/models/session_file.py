@@ -143,12 +143,12 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> Content:
 
 def _stored(layer: Any) -> _Stored:
     """The tensors of a layer by name, each with the rows of axis 2 that are left free behind it."""
+    if not isinstance(layer, SparseLayer) and type(layer) is not DynamicSlidingWindowLayer:
+        raise UnsupportedError(f"a session cannot be saved with a {type(layer).__name__} of transformers' own")
     if layer.get_seq_length() == 0:
         return {}
-    if type(layer) is DynamicSlidingWindowLayer:
-        return {"keys": (layer.keys, 0), "values": (layer.values, 0)}
     if not isinstance(layer, SparseLayer):
-        raise UnsupportedError(f"a session cannot be saved with a {type(layer).__name__} of transformers' own")
+        return {"keys": (layer.keys, 0), "values": (layer.values, 0)}
     state = layer.state
     if state.policy.needs_witness:
         raise UnsupportedError(
