@@ -1,4 +1,4 @@
-"""sparse-decoder: generate, demo, bench, eval, report, doctor. Parses and calls; the work is done below."""
+"""sparse-decoder: generate, read, ask, chat, demo, bench, eval, report, doctor. It parses and calls; others work."""
 
 import logging
 import sys
@@ -13,6 +13,7 @@ from sparse_attention_decoder.cli.bench import app as bench_app
 from sparse_attention_decoder.cli.evaluate import evaluate
 from sparse_attention_decoder.cli.generate import demo, generate
 from sparse_attention_decoder.cli.report import report
+from sparse_attention_decoder.cli.session import ask, chat, read
 from sparse_attention_decoder.cli.terminal import console, out
 from sparse_attention_decoder.errors import SparseAttentionError
 
@@ -40,6 +41,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(read)
+app.command()(ask)
+app.command()(chat)
 app.command()(demo)
 app.add_typer(bench_app)
 app.command("eval")(evaluate)

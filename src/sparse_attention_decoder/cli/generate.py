@@ -71,7 +71,7 @@ def generate(
     if dense and compare:
         raise InputError("--dense and --compare exclude each other: --compare runs dense and sparse")
     config = AttentionConfig(
-        top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=_below(dense_below)
+        top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=dense_below_of(dense_below)
     )
     decoder = load_model(model, config)
     if compare:
@@ -107,7 +107,8 @@ def demo(
     _show(_compare(decoder, prompt, None, max_new_tokens))
 
 
-def _below(text: str) -> int | None:
+def dense_below_of(text: str) -> int | None:
+    """The setting that --dense-below names."""
     if text == "auto":
         return None
     if not text.isdecimal():
