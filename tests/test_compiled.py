@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from sparse_attention_decoder import AttentionConfig, SparseCache, disable, enable
+from sparse_attention_decoder import AttentionConfig, SparseAttention, SparseCache, disable, enable
 from sparse_attention_decoder.errors import BackendError, CacheDirectoryError, UnsupportedError
 from sparse_attention_decoder.kernels.cpu import NAMESPACE
 from sparse_attention_decoder.models import compiled
@@ -65,6 +65,17 @@ def test_generate_goes_through_the_compiled_step():
     found = tiny.greedy(model, ids, 12)
     assert torch.equal(found.sequences, expected.sequences)
     assert found.past_key_values.reads.steps == expected.past_key_values.reads.steps
+
+
+def test_the_decoder_compiles_when_told_to(monkeypatch):
+    ids, options = tiny.prompt(1, 30), {"max_new_tokens": 8, "do_sample": False}
+    expected = SparseAttention(tiny.BITING, tiny.build("llama")).generate(ids, **options)
+    for model, asked in (
+        (SparseAttention(tiny.BITING, tiny.build("llama"), compile=True), {}),
+        (SparseAttention(tiny.BITING, tiny.build("llama")), {"compile": True}),
+    ):
+        assert torch.equal(model.generate(ids, **options, **asked), expected)
+        assert hasattr(model.model, compiled._STATE)
 
 
 def test_another_config_needs_no_other_step(monkeypatch):

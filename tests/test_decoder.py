@@ -67,7 +67,7 @@ def test_complete_and_stream_write_the_same_text(model: SparseAttention) -> None
 
 
 def test_stream_reports_the_prompt_being_read(model: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_attention_decoder.decoder.PREFILL_CHUNK", 32)
+    monkeypatch.setattr("sparse_attention_decoder.models.reading.PREFILL_CHUNK", 32)
     seen: list[tuple[int, int]] = []
     list(model.stream(TEXT, 2, on_prefill=lambda done, total: seen.append((done, total)), do_sample=False))
     assert seen == [(32, 88), (64, 88), (88, 88)]
@@ -99,7 +99,7 @@ def test_the_chat_template_is_used_where_there_is_one() -> None:
 def test_prefill_leaves_the_cache_that_a_forward_leaves(
     model: SparseAttention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparse_attention_decoder.decoder.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("sparse_attention_decoder.models.reading.PREFILL_CHUNK", 16)
     for tokens in (50, 49, 48, 17, 16, 1):
         ids = prompt(2, tokens)
         chunked, whole = model.prefill(ids), model(ids).past_key_values

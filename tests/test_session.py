@@ -94,7 +94,7 @@ def test_a_question_stands_where_it_would_in_one_prompt(template: str | None) ->
 def test_the_document_is_read_once_and_reading_is_reported(
     model: SparseAttention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparse_attention_decoder.decoder.PREFILL_CHUNK", 32)
+    monkeypatch.setattr("sparse_attention_decoder.models.reading.PREFILL_CHUNK", 32)
     seen: list[tuple[int, int]] = []
     session = model.read(prompt(1, 90), lambda done, total: seen.append((done, total)))
     assert seen == [(32, 89), (64, 89), (89, 89)]
@@ -110,7 +110,7 @@ def test_a_long_question_is_read_in_chunks(model: SparseAttention, monkeypatch: 
     document, question = prompt(1, 40), prompt(1, 70, seed=1)
     plain = SparseAttention(FULL, build("llama"), tokenizer(CHAT)).read(document).ask(question, **GREEDY).tokens
     monkeypatch.setattr("sparse_attention_decoder.session._LONG_QUESTION", 16)
-    monkeypatch.setattr("sparse_attention_decoder.decoder.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("sparse_attention_decoder.models.reading.PREFILL_CHUNK", 16)
     session = SparseAttention(FULL, build("llama"), tokenizer(CHAT)).read(document)
     assert session.ask(question, **GREEDY).tokens == plain
     assert lengths(session) == {39}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparse_attention_decoder import AttentionConfig, SparseAttention, SparseCache, StaticSparseCache, decoder, enable
+from sparse_attention_decoder import AttentionConfig, SparseAttention, SparseCache, StaticSparseCache, enable
 from sparse_attention_decoder.cache.static import StaticTokens
 from sparse_attention_decoder.errors import (
     BackendError,
@@ -21,6 +21,7 @@ from sparse_attention_decoder.errors import (
     ShapeError,
     UnsupportedError,
 )
+from sparse_attention_decoder.models import reading
 
 pytest.importorskip("triton", reason="needs triton, which there is on Linux alone")
 
@@ -145,8 +146,8 @@ def test_a_reset_cache_is_as_new():
 @pytest.mark.parametrize("tokens", [3, 4, 25, 34])
 def test_generate_with_compile_says_the_same(tokens, monkeypatch):
     # 34: the chunks before the last two tokens end evenly, 25 they do not, 3 and 4: nothing is left to read before
-    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 16)
-    monkeypatch.setattr(decoder, "CAPACITY_STEP", CAPACITY)
+    monkeypatch.setattr(reading, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(reading, "CAPACITY_STEP", CAPACITY)
     model, ids = SparseAttention(BITING, tiny.build("llama", num_hidden_layers=1)), tiny.prompt(1, tokens)
     grown = SparseCache(model.model.config, replace(BITING, backend="reference"))
     options = {"max_new_tokens": 2, "do_sample": False, "attention_mask": torch.ones_like(ids)}
@@ -164,8 +165,9 @@ def test_what_compile_cannot_do_is_said():
     with pytest.raises(ShapeError, match="beams and several answers"):
         model.generate(ids, compile=True, max_new_tokens=2, num_beams=2)
     on_cpu = SparseAttention(AttentionConfig(), tiny.build("llama"))
+    static = StaticSparseCache(on_cpu.model.config, AttentionConfig(), CAPACITY)
     with pytest.raises(BackendError, match="a static cache needs triton and a CUDA device"):
-        on_cpu.generate(ids, compile=True, max_new_tokens=2)
+        on_cpu.generate(ids, max_new_tokens=2, past_key_values=static)
 
 
 # --- what it refuses

@@ -11,11 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, InputError
+from sparse_attention_decoder.models import compiled
 from sparse_attention_decoder.models.adapter import enable
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.frame import prompt_ids
 from sparse_attention_decoder.models.ids import check_ids
 from sparse_attention_decoder.models.loading import load
+from sparse_attention_decoder.models.reading import Progress, read_into, read_into_static
 from sparse_attention_decoder.models.static import StaticSparseCache
 from sparse_attention_decoder.models.stopping import StopWhen
 from sparse_attention_decoder.models.streaming import pieces
@@ -23,10 +25,6 @@ from sparse_attention_decoder.session import Session
 from sparse_attention_decoder.trace import Trace, trace_layer
 
 DEFAULT_NEW_TOKENS = 256
-PREFILL_CHUNK = 1024
-CAPACITY_STEP = 4096
-
-Progress = Callable[[int, int], None]
 
 
 class SparseAttention(nn.Module):
@@ -41,9 +39,10 @@ class SparseAttention(nn.Module):
         model: a transformers causal LM, or what `models.loading.load` takes: a hub name, a
             directory or a GGUF file; the embedded default if left out.
         tokenizer: for text in and out; comes along when the model is loaded by name.
+        compile: decode steps run compiled, see `generate`.
     Raises:
         ModelLoadError: no model there. UnsupportedError: a family that cannot be hooked.
-        NonFiniteError: weights hold NaN or infinity.
+        NonFiniteError: weights hold NaN or infinity. BackendError: compile, and no compiler.
     """
 
     model: PreTrainedModel
@@ -54,6 +53,7 @@ class SparseAttention(nn.Module):
         config: AttentionConfig | None = None,
         model: PreTrainedModel | str | os.PathLike[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, PreTrainedModel):
@@ -62,6 +62,8 @@ class SparseAttention(nn.Module):
         self.config = config or AttentionConfig()
         self.tokenizer = tokenizer
         self.model = enable(model, self.config)
+        if compile:
+            compiled.install(self.model)
 
     @classmethod
     def from_pretrained(
@@ -69,19 +71,24 @@ class SparseAttention(nn.Module):
         name: str | os.PathLike[str] | None = None,
         config: AttentionConfig | None = None,
         *,
+        compile: bool = False,
         on_stage: Callable[[str], None] | None = None,
         **model_kwargs: Any,
     ) -> "SparseAttention":
         """Load a model by hub name, directory or GGUF file; None is the embedded default.
 
         Args:
+            compile: decode steps run compiled, see `generate`; on a CPU only.
             on_stage: told in a few words what is being done, for progress displays.
             model_kwargs: for transformers' `from_pretrained`: dtype, device_map and so on.
         Raises:
             ModelLoadError: no model there, or a damaged one.
         """
         model, tokenizer = load(name, on_stage=on_stage, **model_kwargs)
-        return cls(config, model, tokenizer)
+        decoder = cls(config, model, tokenizer)
+        if compile:
+            compiled.install(decoder.model, on_stage)
+        return decoder
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """What the transformers model returns for these ids: logits, loss, past_key_values.
@@ -101,33 +108,31 @@ class SparseAttention(nn.Module):
         """transformers' `generate`: sampling, beams, stopping criteria and streamers included.
 
         Args:
-            compile: decode on a StaticSparseCache with room for prompt and max_new_tokens: on CUDA transformers then
-                compiles the whole step into one graph. One answer a prompt; the first tokens wait for the compiler.
+            compile: on a CPU, from now on decode steps run compiled, whatever the context; it takes about a minute
+                once for a model, and is kept on disk. On CUDA, decode on a StaticSparseCache with room for prompt and
+                max_new_tokens: transformers then compiles the step into one graph, for one answer a prompt.
         Raises:
             InputError: empty, not integer, out of vocabulary.
             ContextLengthError: prompt and max_new_tokens together exceed the model's context.
-            ConfigError: compile without ids or max_new_tokens, or with a cache. BackendError: compile without Triton.
+            ConfigError: on CUDA, compile without ids or max_new_tokens, or with a cache.
+            BackendError: compile without a C++ compiler, or on CUDA without Triton.
         """
         settings = kwargs.get("generation_config")
         wanted = kwargs.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
         if input_ids is not None:
             self.check_ids(input_ids, 0, wanted)
-        if compile:
+        if compile and self._compiles_ahead:
+            compiled.install(self.model)
+        elif compile:
             if input_ids is None or not wanted or kwargs.get("past_key_values") is not None:
                 raise ConfigError("compile=True needs input_ids and max_new_tokens, and makes the cache itself")
-            kwargs["past_key_values"] = self._read_into_static(input_ids, kwargs.get("attention_mask"), wanted)
+            mask = kwargs.get("attention_mask")
+            kwargs["past_key_values"] = read_into_static(self.model, self.config, input_ids, mask, wanted)
         return self.model.generate(input_ids, **kwargs)
 
-    def _read_into_static(
-        self, ids: Tensor, mask: Tensor | None, new_tokens: int, on_progress: Progress | None = None
-    ) -> StaticSparseCache:
-        total = ids.shape[1] + new_tokens
-        # a compiled step is of one capacity: in coarse steps, so that another prompt seldom needs another
-        cache = StaticSparseCache(self.model.config, self.config, -(-total // CAPACITY_STEP) * CAPACITY_STEP)
-        if ids.shape[1] > 3 and (mask is None or bool(mask.all())):
-            # two tokens are left to generate: one alone would be a decode step
-            self.read_into(ids[:, :-2], cache, on_progress)
-        return cache
+    @property
+    def _compiles_ahead(self) -> bool:
+        return self.model.device.type == "cpu" and self.config.backend != "triton"
 
     def complete(self, text: str, max_new_tokens: int | None = None, chat: bool | None = None, **kwargs: Any) -> str:
         """Answer or continue a text.
@@ -181,21 +186,10 @@ class SparseAttention(nn.Module):
         self.read_into(input_ids, cache, on_progress)
         return cache
 
-    @torch.no_grad()
     def read_into(self, ids: Tensor, cache: SparseCache | StaticSparseCache, on_progress: Progress | None) -> None:
         """Read ids [B, T] behind what a cache holds, densely, a chunk at a time; `on_progress` as in `prefill`."""
         self.check_ids(ids, 0)
-        total = ids.shape[1]
-        done = 0
-        while done < total:
-            # a last chunk of one token would be a decode step, and read sparsely: it joins the one before
-            size = total - done if total - done == PREFILL_CHUNK + 1 else PREFILL_CHUNK
-            chunk = ids[:, done : done + size]
-            # the backbone alone: logits of a prompt are large and nobody reads them
-            self.model.base_model(chunk.to(self.model.device), past_key_values=cache, use_cache=True)
-            done += chunk.shape[1]
-            if on_progress is not None:
-                on_progress(done, total)
+        read_into(self.model, ids, cache, on_progress)
 
     def read(self, document: str | Tensor | None, on_progress: Progress | None = None) -> Session:
         """Read a document once, to ask about it many times; see `Session`.
@@ -277,9 +271,12 @@ class SparseAttention(nn.Module):
                 assert on_prefill is not None
                 on_prefill(done, total)
 
-            if kwargs.pop("compile", False):
+            if kwargs.get("compile") and not self._compiles_ahead:
+                del kwargs["compile"]
                 progress = None if on_prefill is None else report
-                kwargs["past_key_values"] = self._read_into_static(ids, None, kwargs["max_new_tokens"], progress)
+                kwargs["past_key_values"] = read_into_static(
+                    self.model, self.config, ids, None, kwargs["max_new_tokens"], progress
+                )
             elif on_prefill is not None and ids.shape[1] > 2:
                 # two tokens are left to generate: one alone would be a decode step, and read sparsely
                 kwargs["past_key_values"] = self.prefill(ids[:, :-2], report)

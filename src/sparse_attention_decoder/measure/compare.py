@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.config import AttentionConfig
-from sparse_attention_decoder.decoder import Progress, SparseAttention
+from sparse_attention_decoder.decoder import SparseAttention
 from sparse_attention_decoder.errors import InputError
 from sparse_attention_decoder.models.adapter import disable, enable
 from sparse_attention_decoder.models.cache import SparseCache
+from sparse_attention_decoder.models.reading import Progress
 
 # tokens decoded by one side before the next has its turn: noise of the machine then falls on all alike
 TURN = 8

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.config import AttentionConfig
-from sparse_attention_decoder.decoder import Progress, SparseAttention
+from sparse_attention_decoder.decoder import SparseAttention
 from sparse_attention_decoder.errors import InputError
 from sparse_attention_decoder.measure.audit import audit
 from sparse_attention_decoder.measure.interval import of_tokens
 from sparse_attention_decoder.models.adapter import enable
 from sparse_attention_decoder.models.cache import SparseCache
+from sparse_attention_decoder.models.reading import Progress
 
 DENSE = AttentionConfig(policy="dense")
 # of the steps, one in so many is audited against exact attention, layer by layer
