@@ -26,6 +26,7 @@ from torch import Tensor
 from sparse_attention_decoder.cache import KVBuffer, Sketch
 from sparse_attention_decoder.errors import BackendError, ConfigError, NonFiniteError, ShapeError
 from sparse_attention_decoder.kernels import Kernels, Packed, stored_bytes
+from sparse_attention_decoder.kernels.cpu import CpuKernels, operations
 from sparse_attention_decoder.kernels.rotation import rotate, unrotate
 from sparse_attention_decoder.selection import Rows
 from sparse_attention_decoder.tables import KV_BITS
@@ -358,3 +359,108 @@ def test_the_sparse_step_reads_a_packed_cache_as_its_parts_do(kv_dtype, mask, se
     expected = REFERENCE.attend(query, keys, values, *regions.with_chosen(again), 0.25)
     assert torch.equal(output, expected[0])
     assert torch.equal(lse, expected[1])
+
+
+# --- the compiled kernels, against the definition
+
+CPU = CpuKernels()
+
+
+@pytest.mark.usefixtures("isa")
+@each_kv_dtype
+@each_dim
+@each_dtype
+def test_compiled_codes_are_those_of_the_definition_bit_for_bit(kv_dtype, dim, dtype):
+    for tokens in (1, 5, 130):
+        x = skewed_keys(dim + tokens, 2, 3, tokens, dim, dtype=dtype)
+        x[0, 0, 0] = 0
+        ours, theirs = packed(x, kv_dtype, CPU), packed(x, kv_dtype)
+        assert torch.equal(ours.codes, theirs.codes)
+        assert torch.equal(ours.scales, theirs.scales)
+        # a sketch of packed keys, too
+        ours, theirs = coded(theirs, fit(theirs), CPU), coded(theirs, fit(theirs))
+        assert torch.equal(ours.codes, theirs.codes)
+        torch.testing.assert_close(ours.factors, theirs.factors, rtol=2.0**-10, atol=0)
+
+
+@pytest.mark.usefixtures("isa")
+@each_kv_dtype
+def test_compiled_codes_of_what_is_not_finite_are_nan_and_of_the_smallest_as_defined(kv_dtype):
+    x = randn(0, 1, 1, 12, 24)
+    for token, scale in enumerate((1e-30, 1e-6, 1e-4, 1e3, 1e6, 1e7, 3e38)):
+        x[0, 0, token] *= scale
+    x[0, 0, 8, 3], x[0, 0, 9, 0], x[0, 0, 10, 23] = math.nan, math.inf, -math.inf
+    ours, theirs = (packed(x, kv_dtype, kernels).unpack() for kernels in (CPU, REFERENCE))
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
+@pytest.mark.usefixtures("isa")
+@each_kv_dtype
+@each_dim
+def test_compiled_statistics_of_packed_keys_are_those_of_float64(kv_dtype, dim):
+    for tokens in (0, 1, 77):
+        stored = packed(skewed_keys(dim, 1, 3, tokens, dim), kv_dtype)
+        for ours, exact in zip(CPU.fit(stored[0]), REFERENCE.fit(stored[0]), strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("isa")
+@each_kv_dtype
+@each_dtype
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(("group", "tokens"), [(1, 1), (3, 65), (4, 64), (7, 1500)])
+def test_compiled_attention_to_a_packed_cache_is_attention_to_what_is_stored(kv_dtype, dtype, dim, group, tokens):
+    check_reads(CPU, kv_dtype, dtype, dim, group, tokens)
+
+
+@pytest.mark.usefixtures("isa")
+@each_kv_dtype
+@each_dtype
+@pytest.mark.parametrize("tokens", [40, 700])
+def test_the_compiled_step_is_that_of_the_definition(kv_dtype, dtype, tokens):
+    query = randn(0, 2, 6, 24, dtype=dtype)
+    keys, values = skewed_keys(1, 2, 2, tokens, 24, dtype=dtype), randn(2, 2, 2, tokens, 32, dtype=dtype)
+    regions = Rows.full(2, tokens).regions(2, 4, query.device)
+    stored = [packed(x, kv_dtype) for x in (keys, values)]
+    sketch = coded(stored[0], fit(stored[0]))
+    ours, theirs = (k.step(query, *stored, sketch, regions, 5, 1e-3, 0.25) for k in (CPU, REFERENCE))
+    assert chosen_sets(ours[2]) == chosen_sets(theirs[2])
+    torch.testing.assert_close(ours[0], theirs[0], rtol=2e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-3)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-4)
+    # the newest token taken out, and appended by the step itself
+    again, blank = (
+        [Packed(x.codes.clone(), x.scales.clone(), x.dtype) for x in stored],
+        coded(stored[0], sketch.statistics),
+    )
+    for x in again:
+        x.codes[:, :, -1], x.scales[:, :, -1] = 85, math.nan
+    blank.codes[:, :, (tokens - 1) // 16, :, (tokens - 1) % 16] = 85
+    new = (keys[:, :, -1], values[:, :, -1])
+    output, lse, *_ = operations.step(query, *again, blank, regions, 5, 1e-3, 0.25, new)
+    assert torch.equal(output, ours[0])
+    assert torch.equal(lse, ours[1])
+    for x, y in zip(again, stored, strict=True):
+        assert torch.equal(x.codes, y.codes)
+        assert torch.equal(x.scales, y.scales)
+    assert torch.equal(blank.codes, sketch.codes)
+
+
+@pytest.mark.usefixtures("isa")
+@each_kv_dtype
+def test_packed_tensors_that_kernels_would_misread_are_refused(kv_dtype):
+    query, keys = randn(0, 1, 2, 16), packed(randn(1, 1, 2, 9, 16), kv_dtype)
+    other = packed(randn(1, 1, 2, 9, 16), "int4" if kv_dtype == "int8" else "int8")
+    broken = {
+        "one is packed": (query, keys, keys.unpack()),
+        "as many bits": (query, keys, other),
+        "float of": (query.double(), keys, keys),
+        "do not fit": (query, keys, keys[:, :, :5]),
+        "packed keys have": (query, Packed(keys.codes, keys.scales.float(), torch.float32), keys),
+        "contiguous": (query, Packed(keys.codes, keys.scales.mT.contiguous().mT, torch.float32), keys),
+    }
+    for message, inputs in broken.items():
+        with pytest.raises(ShapeError, match=message):
+            CPU.attend_all(*inputs, None, 0.25)
+    with pytest.raises(ShapeError, match="does not fit a packed view"):
+        CPU.pack(randn(1, 1, 2, 8, 16), keys)

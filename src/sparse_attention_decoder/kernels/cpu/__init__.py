@@ -24,8 +24,6 @@ class CpuKernels(ReferenceKernels):
 
     def refuses(self, request: Request) -> str | None:
         """Needs the compiled library, a CPU, 16- or 32-bit floats and heads of a multiple of 8 channels."""
-        if request.kv_dtype is not None:
-            return f"keys and values in {request.kv_dtype} are not read by compiled kernels yet"
         if request.device.type != "cpu":
             return f"device {request.device} is not a CPU"
         if request.dtype not in DTYPES:
@@ -35,6 +33,10 @@ class CpuKernels(ReferenceKernels):
                 return f"head_dim {dim} is no multiple of 8 up to {MOST_DIM}"
         library = load()
         return library if isinstance(library, str) else None
+
+    def pack(self, x: Tensor, into: Packed) -> None:
+        """Write keys or values [B, Hkv, N, D] into a packed view of N tokens."""
+        operations.pack(x, into)
 
     def fit(self, keys: Tensor | Packed) -> tuple[Tensor, Tensor]:
         """Mean and deviation [Hkv, D] of one row's keys [Hkv, N, D] after rotation; N may be 0."""
