@@ -12,7 +12,11 @@ namespace {
 // A call on less than this is quicker on one thread than waking a second.
 constexpr int64_t SMALL = 128 << 10;
 inline int64_t threads_for(const sad_call* c, int64_t bytes) { return bytes < SMALL ? 1 : c->threads; }
-inline int64_t element(const sad_call* c) { return c->cache_type == SAD_FLOAT32 ? 4 : 2; }
+// bytes of a token's key and value in one head
+inline int64_t token_bytes(const sad_call* c) {
+  const int64_t bits[] = {32, 16, 16, 8, 4};
+  return (c->dim + c->value_dim) * bits[c->cache_type] / 8;
+}
 
 template <class T>
 void attend_near(const sad_call* c, Unit u, Work* w) {
@@ -24,8 +28,8 @@ void attend_near(const sad_call* c, Unit u, Work* w) {
     while (c->near_valid && at < c->near_count && !c->near_valid[base + at]) at++;
     return at < c->near_count ? c->near[base + at++] : -1;
   };
-  add_tokens(keys_of<T>(c, u), c->key_token, values_of<T>(c, u), c->value_token, next, w->query, int(c->group),
-             int(c->dim), int(c->value_dim), float(c->scaling), part);
+  add_tokens(held_keys<T>(c, u), held_values<T>(c, u), next, w->query, int(c->group), int(c->dim), int(c->value_dim),
+             float(c->scaling), part);
   for (int64_t g = 0; g < c->group; g++)
     w->near_lse[g] = part.total[g] == 0 ? -INFINITY : part.top[g] + logf(part.total[g]);
 }
@@ -41,8 +45,8 @@ void attend_chosen(const sad_call* c, Unit u, Work* w, int64_t piece, int64_t pi
   int64_t at = w->chosen * piece / pieces;
   const int64_t end = w->chosen * (piece + 1) / pieces;
   auto next = [&]() -> int64_t { return at < end ? w->list[at++] : -1; };
-  add_tokens(keys_of<T>(c, u), c->key_token, values_of<T>(c, u), c->value_token, next, w->query, int(c->group),
-             int(c->dim), int(c->value_dim), float(c->scaling), part);
+  add_tokens(held_keys<T>(c, u), held_values<T>(c, u), next, w->query, int(c->group), int(c->dim), int(c->value_dim),
+             float(c->scaling), part);
   if (!last(w)) return;
   // in order, whoever comes last: the result does not depend on which thread that is
   const Part all = part_at(w->part, c->group);
@@ -51,7 +55,7 @@ void attend_chosen(const sad_call* c, Unit u, Work* w, int64_t piece, int64_t pi
 }
 
 // all tokens, or those listed, cut into items of a fixed size
-template <class T, class Q>
+template <class T>
 int attend(const sad_call* c) {
   const int64_t units = c->batch * c->kv_heads, size = part_size(c->group, c->value_dim);
   const int64_t count = c->tokens ? c->tokens_room : c->length, step = c->tokens ? LISTED : DENSE;
@@ -64,10 +68,9 @@ int attend(const sad_call* c) {
   int32_t* pending = scratch.take<int32_t>(units);
   for (int64_t i = 0; i < units; i++) {
     pending[i] = int32_t(pieces);
-    place_query<T>(query_of<Q>(c, unit_at(c, i)), c->query_head, c->group, int(c->dim),
-                   queries + i * c->group * lanes(c->dim));
+    place_query<T>(c, unit_at(c, i), queries + i * c->group * lanes(c->dim));
   }
-  const int64_t read = units * count * (c->dim + c->value_dim) * element(c);
+  const int64_t read = units * count * token_bytes(c);
   each(threads_for(c, read), units * pieces, [&](int64_t item) {
     const Unit u = unit_at(c, item / pieces);
     const int64_t piece = item % pieces, to = (piece + 1) * step < count ? (piece + 1) * step : count;
@@ -81,8 +84,7 @@ int attend(const sad_call* c) {
       while (valid && at < to && !valid[at]) at++;
       return at < to ? (listed ? listed[at++] : at++) : -1;
     };
-    add_tokens(keys_of<T>(c, u), c->key_token, values_of<T>(c, u), c->value_token, next,
-               queries + u.index * c->group * lanes(c->dim), int(c->group), int(c->dim), int(c->value_dim),
+    add_tokens(held_keys<T>(c, u), held_values<T>(c, u), next, queries + u.index * c->group * lanes(c->dim), int(c->group), int(c->dim), int(c->value_dim),
                float(c->scaling), part);
     if (__atomic_sub_fetch(pending + u.index, 1, __ATOMIC_ACQ_REL) != 0) return;
     const Part all = part_at(parts + u.index * pieces * size, c->group);

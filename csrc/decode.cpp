@@ -67,15 +67,30 @@ inline void hand_out(const sad_call* c, Unit u, Work* w) {
 // writes the new token of a unit behind those held, and its code
 template <class T>
 void append(const sad_call* c, Unit u) {
-  const int64_t at = c->length - 1;
-  memcpy(const_cast<T*>(keys_of<T>(c, u)) + at * c->key_token, static_cast<const T*>(c->new_key) + u.index * c->dim,
-         c->dim * sizeof(T));
-  memcpy(const_cast<T*>(values_of<T>(c, u)) + at * c->value_token,
-         static_cast<const T*>(c->new_value) + u.index * c->value_dim, c->value_dim * sizeof(T));
+  const int64_t last = c->length - 1;
+  T* key = const_cast<T*>(keys_of<T>(c, u)) + last * c->key_token;
+  T* value = const_cast<T*>(values_of<T>(c, u)) + last * c->value_token;
   sad_call own = *c;
   own.batch = own.kv_heads = own.count = own.threads = 1;
-  own.start = at;
-  own.keys = const_cast<T*>(keys_of<T>(c, u)) + at * c->key_token;
+  own.keys = key;
+  own.start = 0;
+  if constexpr (is_packed<T>) {
+    const int64_t element = c->query_type == SAD_FLOAT32 ? 4 : 2;
+    own.new_key = static_cast<const char*>(c->new_key) + u.index * c->dim * element;
+    own.key_scales = const_cast<uint16_t*>(held_keys<T>(c, u).scales) + last;
+    SAD_NAMED(pack)(&own);
+    sad_call other = own;
+    other.new_key = static_cast<const char*>(c->new_value) + u.index * c->value_dim * element;
+    other.keys = value;
+    other.key_scales = const_cast<uint16_t*>(held_values<T>(c, u).scales) + last;
+    other.dim = c->value_dim;
+    other.rotation = c->value_rotation;
+    SAD_NAMED(pack)(&other);
+  } else {
+    memcpy(key, static_cast<const T*>(c->new_key) + u.index * c->dim, c->dim * sizeof(T));
+    memcpy(value, static_cast<const T*>(c->new_value) + u.index * c->value_dim, c->value_dim * sizeof(T));
+  }
+  own.start = last;
   own.codes = const_cast<uint8_t*>(codes_of(c, u));
   own.factors = const_cast<uint16_t*>(factors_of(c, u));
   own.mean = c->mean + u.index * c->dim;
@@ -83,13 +98,13 @@ void append(const sad_call* c, Unit u) {
   SAD_NAMED(encode)(&own);
 }
 
-template <class T, class Q>
+template <class T>
 int step(const sad_call* c) {
   Work* work = scratch_for(c);
   if (!work) return SAD_NO_MEMORY;
 
   const int64_t units = c->batch * c->kv_heads, spans = work[0].scores.padded / SPAN;
-  const int64_t row_bytes = (c->dim + c->value_dim) * element(c);
+  const int64_t row_bytes = token_bytes(c);
   const int64_t scan_bytes = units * (c->near_count * row_bytes + spans * SPAN * c->dim / 4);
   const int64_t threads = threads_for(c, scan_bytes), together = spans_a_scan(spans), scans = scans_of(spans);
   const bool sifted = is_sifted(c, work);
@@ -106,7 +121,7 @@ int step(const sad_call* c) {
     Work* w = work + u.index;
     const int64_t piece = item % firsts - 1;
     if (piece < 0) {
-      place_query<T>(query_of<Q>(c, u), c->query_head, c->group, int(c->dim), w->query);
+      place_query<T>(c, u, w->query);
       attend_near<T>(c, u, w);
     } else if (sifted) {
       for (int64_t i = piece * 8; i < (piece + 1) * 8 && i < sample_spans(w); i++) sample_span(c, u, w, i);
@@ -221,10 +236,12 @@ int read_all(const sad_call* c) {
   return SAD_OK;
 }
 
-#define SAD_BY_TYPE(op)                                                                  \
-  if (c->cache_type == SAD_FLOAT32 && c->query_type == SAD_FLOAT32) return op<float, float>(c);  \
-  if (c->cache_type == SAD_BFLOAT16 && c->query_type == SAD_BFLOAT16) return op<bf16, bf16>(c); \
-  return op<f16, f16>(c);
+#define SAD_BY_TYPE(op)                                  \
+  if (c->cache_type == SAD_INT4) return op<i4>(c);       \
+  if (c->cache_type == SAD_INT8) return op<i8>(c);       \
+  if (c->cache_type == SAD_BFLOAT16) return op<bf16>(c); \
+  if (c->cache_type == SAD_FLOAT16) return op<f16>(c);   \
+  return op<float>(c);
 
 }  // namespace
 

@@ -10,12 +10,12 @@ namespace {
 
 struct Isa {
   const char* name;
-  sad_operation fit, encode, score, select, attend, step, read;
+  sad_operation fit, encode, score, select, attend, step, read, pack;
 };
 
 #define SAD_ISA_ROW(isa) \
   {#isa, sad_fit_##isa, sad_encode_##isa, sad_score_##isa, sad_select_##isa, sad_attend_##isa, sad_step_##isa, \
-   sad_read_##isa}
+   sad_read_##isa, sad_pack_##isa}
 
 // best first
 const Isa ISAS[] = {
@@ -111,4 +111,5 @@ int sad_select(const sad_call* call) { return in_use->select(call); }
 int sad_attend(const sad_call* call) { return in_use->attend(call); }
 int sad_step(const sad_call* call) { return in_use->step(call); }
 int sad_read(const sad_call* call) { return in_use->read(call); }
+int sad_pack(const sad_call* call) { return in_use->pack(call); }
 }

@@ -16,6 +16,18 @@ const T* key_at(const sad_call* c, int64_t row, int64_t head, int64_t token) {
   return static_cast<const T*>(c->keys) + row * c->key_row + head * c->key_head + token * c->key_token;
 }
 
+// the key of a token, rotated: a packed one is kept so
+template <class T>
+void rotated_key(const sad_call* c, int64_t row, int64_t head, int64_t token, float* to) {
+  const T* key = key_at<T>(c, row, head, token);
+  if constexpr (is_packed<T>) {
+    const float scale = widen(f16{c->key_scales[row * c->key_scale_row + head * c->key_scale_head + token]});
+    for (int i = 0; i < c->dim; i++) to[i] = step_of(key, i) * scale;
+  } else {
+    rotated(c, key, to);
+  }
+}
+
 // z = (rotated - mean) / deviation -> codes of one token; returns its factor
 inline float code_token(const float* z, uint8_t* block, int lane, int dim) {
   const int words = (dim + 15) / 16, width = 4 * words;
@@ -41,7 +53,7 @@ void encode_head(const sad_call* c, int64_t row, int64_t head) {
   uint16_t* factors = c->factors + row * c->factor_row + head * c->factor_head;
   for (int64_t n = 0; n < c->count; n++) {
     float z[SAD_MOST_DIM];
-    rotated(c, key_at<T>(c, row, head, n), z);
+    rotated_key<T>(c, row, head, n, z);
     for (int i = 0; i < dim; i++) z[i] = (z[i] - mean[i]) / deviation[i];
     const int64_t token = c->start + n;
     const float factor = code_token(z, codes + token / 16 * (words * 64), int(token % 16), dim);
@@ -65,6 +77,7 @@ int encode_all(const sad_call* c) {
     own.start = c->start + from;
     own.count = (to < c->count ? to : c->count) - from;
     own.keys = const_cast<T*>(key_at<T>(c, 0, 0, from));
+    if (is_packed<T>) own.key_scales = c->key_scales + from;
     encode_head<T>(&own, unit / c->kv_heads, unit % c->kv_heads);
   });
   return SAD_OK;
@@ -76,7 +89,7 @@ void fit_head(const sad_call* c, int64_t head) {
   double sum[SAD_MOST_DIM] = {}, square[SAD_MOST_DIM] = {};
   float x[SAD_MOST_DIM];
   for (int64_t n = 0; n < c->count; n++) {
-    rotated(c, key_at<T>(c, 0, head, n), x);
+    rotated_key<T>(c, 0, head, n, x);
     for (int i = 0; i < dim; i++) {
       sum[i] += x[i];
       square[i] += double(x[i]) * x[i];
@@ -104,6 +117,61 @@ template <class T>
 int fit_all(const sad_call* c) {
   each(c->count < 64 ? 1 : c->threads, c->kv_heads, [&](int64_t head) { fit_head<T>(c, head); });
   return SAD_OK;
+}
+
+inline float steps_below_zero(const i8*) { return 128; }
+inline float steps_below_zero(const i4*) { return 8; }
+inline void write_step(i8* row, int i, int step) { row[i].step = int8_t(step); }
+inline void write_step(i4* row, int i, int step) {
+  // the even channel comes first, and clears the byte
+  const int half = step + 8;
+  row[i / 2].pair = uint8_t(i % 2 ? row[i / 2].pair | half << 4 : half);
+}
+
+// Writes the steps of a rotated vector; returns its scale. See kernels/packed.py.
+template <class T>
+uint16_t pack_row(const float* x, int dim, T* to) {
+  const float most = steps_below_zero(to);
+  float largest = 0;
+  bool sound = true;
+  for (int i = 0; i < dim; i++) {
+    sound &= x[i] == x[i];
+    if (fabsf(x[i]) > fabsf(largest)) largest = x[i];
+  }
+  f16 scale;
+  // a power of two: as exact as it is in any order
+  narrow(sound ? largest / -most : NAN, &scale);
+  const float size = widen(scale);
+  const bool plain = size != 0 && size - size == 0;
+  for (int i = 0; i < dim; i++) {
+    const float step = plain ? rintf(x[i] / size) : 0;
+    const int whole = int(step < -most ? -most : step > most - 1 ? most - 1 : step);
+    write_step(to, i, whole);
+  }
+  return scale.bits;
+}
+
+template <class T, class Q>
+int pack_all(const sad_call* c) {
+  const int64_t units = c->batch * c->kv_heads, piece = 64, pieces = (c->count + piece - 1) / piece;
+  each(units * c->count < 64 ? 1 : c->threads, units * pieces, [&](int64_t item) {
+    const int64_t unit = item / pieces, row = unit / c->kv_heads, head = unit % c->kv_heads;
+    const int64_t end = (item % pieces + 1) * piece;
+    for (int64_t n = item % pieces * piece; n < end && n < c->count; n++) {
+      float x[SAD_MOST_DIM];
+      rotated(c, static_cast<const Q*>(c->new_key) + (unit * c->count + n) * c->dim, x);
+      T* to = const_cast<T*>(key_at<T>(c, row, head, c->start + n));
+      c->key_scales[row * c->key_scale_row + head * c->key_scale_head + c->start + n] = pack_row(x, int(c->dim), to);
+    }
+  });
+  return SAD_OK;
+}
+
+template <class T>
+int pack_as(const sad_call* c) {
+  if (c->query_type == SAD_BFLOAT16) return pack_all<T, bf16>(c);
+  if (c->query_type == SAD_FLOAT16) return pack_all<T, f16>(c);
+  return pack_all<T, float>(c);
 }
 
 template <class Q>
@@ -146,14 +214,13 @@ void SAD_NAMED(weigh)(const sad_call* c, int64_t unit, sad_weights* weights) {
   return weigh_group<float>(c, unit, weights);
 }
 
-int SAD_NAMED(encode)(const sad_call* c) {
-  if (c->cache_type == SAD_BFLOAT16) return encode_all<bf16>(c);
-  if (c->cache_type == SAD_FLOAT16) return encode_all<f16>(c);
-  return encode_all<float>(c);
-}
+#define SAD_BY_CACHE(op)                                   \
+  if (c->cache_type == SAD_INT4) return op<i4>(c);         \
+  if (c->cache_type == SAD_INT8) return op<i8>(c);         \
+  if (c->cache_type == SAD_BFLOAT16) return op<bf16>(c);   \
+  if (c->cache_type == SAD_FLOAT16) return op<f16>(c);     \
+  return op<float>(c);
 
-int SAD_NAMED(fit)(const sad_call* c) {
-  if (c->cache_type == SAD_BFLOAT16) return fit_all<bf16>(c);
-  if (c->cache_type == SAD_FLOAT16) return fit_all<f16>(c);
-  return fit_all<float>(c);
-}
+int SAD_NAMED(encode)(const sad_call* c) { SAD_BY_CACHE(encode_all) }
+int SAD_NAMED(fit)(const sad_call* c) { SAD_BY_CACHE(fit_all) }
+int SAD_NAMED(pack)(const sad_call* c) { return c->cache_type == SAD_INT4 ? pack_as<i4>(c) : pack_as<i8>(c); }

@@ -42,6 +42,37 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// channels of a packed row: one in a byte, or two; what they are multiplied by is the row's
+struct i8 {
+  int8_t step;
+};
+struct i4 {
+  uint8_t pair;
+};
+template <class T>
+constexpr bool is_packed = false;
+template <>
+constexpr bool is_packed<i8> = true;
+template <>
+constexpr bool is_packed<i4> = true;
+
+// bytes of `count` channels, and where channel i, an even one, of a row is
+template <class T>
+inline int bytes_of(int count) {
+  return count * int(sizeof(T));
+}
+template <>
+inline int bytes_of<i4>(int count) {
+  return count / 2;
+}
+template <class T>
+inline const T* at(const T* row, int64_t i) {
+  return row + i;
+}
+inline const i4* at(const i4* row, int64_t i) { return row + i / 2; }
+// a single channel, in steps
+inline float step_of(const i8* row, int i) { return float(row[i].step); }
+inline float step_of(const i4* row, int i) { return float((row[i / 2].pair >> (i % 2 * 4) & 15) - 8); }
 
 inline F load(const float* p) {
   F v;
@@ -144,11 +175,50 @@ inline Pair load_pair(const f16* p) {
   return y;
 #endif
 }
-// the last n < PAIR elements of a row; n is a multiple of 8, the rest reads as 0
+inline Pair load_pair(const i8* p) {
+#if defined(__AVX512F__)
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  return {(F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(q))),
+          (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(q + 1)))};
+#elif defined(__AVX2__)
+  const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {(F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(row)),
+          (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(row, row)))};
+#else
+  Pair y;
+  for (int i = 0; i < NW; i++) {
+    y.a[i] = step_of(p, i);
+    y.b[i] = step_of(p, NW + i);
+  }
+  return y;
+#endif
+}
+// as bfloat16 do, these come as the even and the odd
+inline Pair load_pair(const i4* p) {
+#if defined(__AVX512F__)
+  const __m512 steps = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  // the look-up takes the low four bits by itself
+  return {(F)_mm512_permutexvar_ps(both, steps), (F)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), steps)};
+#elif defined(__AVX2__)
+  const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m256i low = _mm256_and_si256(both, _mm256_set1_epi32(15)), centre = _mm256_set1_epi32(8);
+  return {(F)_mm256_cvtepi32_ps(_mm256_sub_epi32(low, centre)),
+          (F)_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(both, 4), centre))};
+#else
+  Pair y;
+  for (int i = 0; i < NW; i++) {
+    y.a[i] = step_of(p, 2 * i);
+    y.b[i] = step_of(p, 2 * i + 1);
+  }
+  return y;
+#endif
+}
+// the last n < PAIR elements of a row; n is a multiple of 8, the rest reads as 0 (of four bits as anything finite)
 template <class T>
 inline Pair load_rest(const T* p, int n) {
   T row[PAIR] = {};
-  for (int i = 0; i < n; i += 8) memcpy(row + i, p + i, 8 * sizeof(T));
+  for (int i = 0; i < n; i += 8) memcpy(const_cast<T*>(at(row, i)), at(p, i), size_t(bytes_of<T>(8)));
   return load_pair(row);
 }
 // where element i of a pair sits among its 2 * NW lanes
@@ -159,6 +229,10 @@ inline int place(int i) {
 template <>
 inline int place<bf16>(int i) {
   return i / 2 + (i % 2) * NW;
+}
+template <>
+inline int place<i4>(int i) {
+  return place<bf16>(i);
 }
 
 // sums of four vectors

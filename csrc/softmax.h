@@ -20,15 +20,35 @@ inline int64_t lanes(int64_t dim) { return (dim + PAIR - 1) / PAIR * PAIR; }
 inline int64_t part_size(int64_t group, int64_t value_dim) { return group * (2 + lanes(value_dim)) + 64; }
 inline Part part_at(float* scratch, int64_t group) { return {scratch, scratch + group, scratch + 2 * group}; }
 
-// the group's query vectors in the order in which rows of type T are loaded, zeros behind D
-template <class T, class Q>
-void place_query(const Q* query, int64_t head_stride, int64_t group, int dim, float* placed) {
-  const int64_t width = lanes(dim);
-  memset(placed, 0, size_t(group * width) * sizeof(float));
-  for (int64_t g = 0; g < group; g++)
-    for (int i = 0; i < dim; i++)
-      placed[g * width + i / PAIR * PAIR + place<T>(i % PAIR)] = widen(query[g * head_stride + i]);
-}
+// Rows [T, channels] of one head, `stride` stored elements apart, and the scales of packed ones.
+template <class T>
+struct Held {
+  const T* rows;
+  int64_t stride;
+  const uint16_t* scales;
+};
+
+// Rows of one tile, a null behind the last; with their scales where they are packed.
+template <class T>
+struct Tile {
+  const T* row[TILE + 1];
+  float scale[TILE];
+
+  void add(int n, Held<T> held, int64_t token) {
+    row[n] = held.rows + token * held.stride;
+    if constexpr (is_packed<T>) scale[n] = widen(f16{held.scales[token]});
+  }
+  void pad(int from, int to) {
+    for (int t = from; t < to; t++) row[t] = row[from - 1];
+    if constexpr (is_packed<T>)
+      for (int t = from; t < TILE; t++) scale[t] = 0;
+  }
+  // per token, not per channel
+  void rescale(float* numbers) const {
+    if constexpr (is_packed<T>)
+      for (int t = 0; t < TILE; t += NW) store(numbers + t, load(numbers + t) * load(scale + t));
+  }
+};
 
 // Rows of the next tile, fetched while this one is worked on: pointers up to a null, or none.
 template <class T>
@@ -64,7 +84,7 @@ void dots(const T* const* keys, int count, Next<T> next, const float* query, int
         qb[g] = load(query + g * width + i + NW);
       }
       UNROLL for (int k = 0; k < 4; k++) {
-        const Pair key = read(keys[t + k] + i, rest);
+        const Pair key = read(at(keys[t + k], i), rest);
         UNROLL for (int g = 0; g < G; g++) {
           sum[k][g] += key.a * qa[g];
           sum[k][g] += key.b * qb[g];
@@ -90,7 +110,7 @@ inline void blend(const T* const* rows, int count, const float* weights, int64_t
   for (int t = 0; t < count; t++) {
     next.fetch();
     UNROLL for (int n = 0; n < N; n++) {
-      const Pair row = rest ? load_rest(rows[t] + from, rest) : load_pair(rows[t] + from + n * PAIR);
+      const Pair row = rest ? load_rest(at(rows[t], from), rest) : load_pair(at(rows[t], from + n * PAIR));
       UNROLL for (int g = 0; g < G; g++) {
         const F weight = splat(weights[g * TILE + t]);
         sum[g][2 * n] += row.a * weight;
@@ -142,26 +162,28 @@ inline void weigh_tile(float* logits, float* top, float* total, float* values, i
 
 // Adds `count` <= TILE tokens for G heads of the group. The arrays have room for TILE rows.
 template <class T, int G>
-void add_heads(const T* const* keys, const T* const* values, int count, int padded, Next<T> next_keys,
+void add_heads(const Tile<T>& keys, const Tile<T>& values, int count, int padded, Next<T> next_keys,
                Next<T> next_values, const float* query, int dim, int value_dim, float scaling, Part part) {
   const int64_t width = lanes(value_dim);
   float weights[G * TILE];
-  dots<T, G>(keys, padded, next_keys, query, dim, scaling, weights);
+  dots<T, G>(keys.row, padded, next_keys, query, dim, scaling, weights);
   for (int g = 0; g < G; g++) {
+    if constexpr (is_packed<T>)
+      for (int t = padded; t < TILE; t++) weights[g * TILE + t] = 0;
+    keys.rescale(weights + g * TILE);
     for (int t = count; t < TILE; t++) weights[g * TILE + t] = -INFINITY;
     weigh_tile(weights + g * TILE, part.top + g, part.total + g, part.values + g * width, width);
+    values.rescale(weights + g * TILE);
   }
-  blend_row<T, G>(values, count, weights, value_dim, next_values, part.values);
+  blend_row<T, G>(values.row, count, weights, value_dim, next_values, part.values);
 }
 
 template <class T>
-void add_tile(const T** keys, const T** values, int count, Next<T> next_keys, Next<T> next_values, const float* query,
+void add_tile(Tile<T>& keys, Tile<T>& values, int count, Next<T> next_keys, Next<T> next_values, const float* query,
               int group, int dim, int value_dim, float scaling, Part part) {
   const int padded = (count + 3) / 4 * 4;
-  for (int t = count; t < padded; t++) {
-    keys[t] = keys[count - 1];
-    values[t] = values[count - 1];
-  }
+  keys.pad(count, padded);
+  values.pad(count, padded);
   for (int g = 0; g < group; g += SHARED) {
     const Part own = {part.top + g, part.total + g, part.values + g * lanes(value_dim)};
     const float* q = query + g * lanes(dim);
@@ -186,25 +208,25 @@ inline void clear(Part part, int64_t group, int64_t value_dim) {
 
 // Adds the tokens that next_token() gives, until it gives one below 0.
 template <class T, class Source>
-void add_tokens(const T* keys, int64_t key_stride, const T* values, int64_t value_stride, Source next_token,
-                const float* query, int group, int dim, int value_dim, float scaling, Part part) {
-  const T *key[2][TILE + 1], *value[2][TILE + 1];
+void add_tokens(Held<T> keys, Held<T> values, Source next_token, const float* query, int group, int dim,
+                int value_dim, float scaling, Part part) {
+  Tile<T> key[2], value[2];
   auto fill = [&](int side) {
     int n = 0;
     for (int64_t token; n < TILE && (token = next_token()) >= 0; n++) {
-      key[side][n] = keys + token * key_stride;
-      value[side][n] = values + token * value_stride;
+      key[side].add(n, keys, token);
+      value[side].add(n, values, token);
     }
-    key[side][n] = value[side][n] = nullptr;
+    key[side].row[n] = value[side].row[n] = nullptr;
     return n;
   };
   int side = 0, count = fill(side);
-  for (int t = 0; t < count; t++) prefetch_row(key[side][t], dim * int(sizeof(T)));
-  for (int t = 0; t < count; t++) prefetch_row(value[side][t], value_dim * int(sizeof(T)));
+  for (int t = 0; t < count; t++) prefetch_row(key[side].row[t], bytes_of<T>(dim));
+  for (int t = 0; t < count; t++) prefetch_row(value[side].row[t], bytes_of<T>(value_dim));
   while (count > 0) {
     const int following = count == TILE ? fill(1 - side) : 0;
-    const Next<T> keys_then = {following ? key[1 - side] : nullptr, dim * int(sizeof(T))};
-    const Next<T> values_then = {following ? value[1 - side] : nullptr, value_dim * int(sizeof(T))};
+    const Next<T> keys_then = {following ? key[1 - side].row : nullptr, bytes_of<T>(dim)};
+    const Next<T> values_then = {following ? value[1 - side].row : nullptr, bytes_of<T>(value_dim)};
     add_tile(key[side], value[side], count, keys_then, values_then, query, group, dim, value_dim, scaling, part);
     side = 1 - side;
     count = following;

@@ -11,8 +11,9 @@
 extern "C" {
 #endif
 
-enum sad_dtype { SAD_FLOAT32 = 0, SAD_BFLOAT16 = 1, SAD_FLOAT16 = 2 };
-
+// A cache of SAD_INT8 or SAD_INT4 is packed: rotated channels in whole steps, two to a byte in four bits (the even one in
+// the low bits, both plus 8), and a scale a token; its strides count bytes. Queries are of the first three.
+enum sad_dtype { SAD_FLOAT32 = 0, SAD_BFLOAT16 = 1, SAD_FLOAT16 = 2, SAD_INT8 = 3, SAD_INT4 = 4 };
 
 // what an operation answers
 enum sad_status { SAD_OK = 0, SAD_NO_MEMORY = -1 };
@@ -34,7 +35,7 @@ typedef struct {
   void* values;
   int64_t value_row, value_head, value_token;
   int64_t length;
-  // the token to append, [B, Hkv, D] and [B, Hkv, Dv] contiguous, or null
+  // the token to append, [B, Hkv, D] and [B, Hkv, Dv] contiguous, in the query's dtype, or null
   const void* new_key;
   const void* new_value;
   // codes [B, Hkv, N/16, W, 16, 4] uint8 and factors [B, Hkv, N] float16; token `start` is the next to be coded
@@ -68,6 +69,12 @@ typedef struct {
   float* missing;
   // attend: which of `tokens` count [B, Hkv, tokens_room], or null for all
   const uint8_t* tokens_valid;
+  // a packed cache: scales [B, Hkv, T] float16, and the rotation of Dv channels
+  uint16_t* key_scales;
+  int64_t key_scale_row, key_scale_head;
+  uint16_t* value_scales;
+  int64_t value_scale_row, value_scale_head;
+  const float* value_rotation;
 } sad_call;
 
 // torch_parallel_for of libtorch_cpu: runs work(begin, end, context) on torch's own threads
@@ -87,6 +94,8 @@ int64_t sad_call_size(void);
 int sad_fit(const sad_call* call);
 // keys [B, Hkv, count, D] -> codes and factors of tokens start .. start + count - 1
 int sad_encode(const sad_call* call);
+// new_key [B, Hkv, count, D] contiguous, in the query's dtype -> keys and key_scales of tokens start .. start + count - 1
+int sad_pack(const sad_call* call);
 // query, codes -> logits
 int sad_score(const sad_call* call);
 // logits, near_lse -> tokens, counts, missing

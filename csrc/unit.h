@@ -3,6 +3,7 @@
 #define SAD_UNIT_H
 
 #include "choose.h"
+#include "rotate.h"
 #include "softmax.h"
 
 namespace {
@@ -25,9 +26,34 @@ template <class T>
 const T* values_of(const sad_call* c, Unit u) {
   return static_cast<const T*>(c->values) + u.row * c->value_row + u.head * c->value_head;
 }
-template <class Q>
-const Q* query_of(const sad_call* c, Unit u) {
-  return static_cast<const Q*>(c->query) + u.row * c->query_row + u.head * c->group * c->query_head;
+template <class T>
+Held<T> held_keys(const sad_call* c, Unit u) {
+  return {keys_of<T>(c, u), c->key_token, c->key_scales + u.row * c->key_scale_row + u.head * c->key_scale_head};
+}
+template <class T>
+Held<T> held_values(const sad_call* c, Unit u) {
+  return {values_of<T>(c, u), c->value_token, c->value_scales + u.row * c->value_scale_row + u.head * c->value_scale_head};
+}
+
+// the group's query vectors as rows of type T are kept, rotated or not, and in the order in which these are loaded;
+// zeros behind D
+template <class T, class Q>
+void place_query_of(const sad_call* c, Unit u, float* placed) {
+  const Q* query = static_cast<const Q*>(c->query) + u.row * c->query_row + u.head * c->group * c->query_head;
+  const int64_t width = lanes(c->dim);
+  memset(placed, 0, size_t(c->group * width) * sizeof(float));
+  for (int64_t g = 0; g < c->group; g++) {
+    float x[SAD_MOST_DIM];
+    for (int i = 0; i < c->dim; i++) x[i] = widen(query[g * c->query_head + i]);
+    if constexpr (is_packed<T>) rotate(c->rotation, x, int(c->dim));
+    for (int i = 0; i < c->dim; i++) placed[g * width + i / PAIR * PAIR + place<T>(i % PAIR)] = x[i];
+  }
+}
+template <class T>
+void place_query(const sad_call* c, Unit u, float* placed) {
+  if (c->query_type == SAD_BFLOAT16) return place_query_of<T, bf16>(c, u, placed);
+  if (c->query_type == SAD_FLOAT16) return place_query_of<T, f16>(c, u, placed);
+  place_query_of<T, float>(c, u, placed);
 }
 inline const uint8_t* codes_of(const sad_call* c, Unit u) { return c->codes + u.row * c->code_row + u.head * c->code_head; }
 inline const uint16_t* factors_of(const sad_call* c, Unit u) {
@@ -122,12 +148,15 @@ void finish(const sad_call* c, Unit u, Part part) {
     const int64_t head = u.index * c->group + g;
     const float total = part.total[g], share = total == 0 ? 0 : 1 / total;
     c->lse[head] = total == 0 ? -INFINITY : part.top[g] + logf(total);
+    float x[SAD_MOST_DIM];
+    for (int i = 0; i < c->value_dim; i++)
+      x[i] = part.values[g * width + i / PAIR * PAIR + place<T>(i % PAIR)] * share;
+    if constexpr (is_packed<T>) unrotate(c->value_rotation, x, int(c->value_dim));
     for (int i = 0; i < c->value_dim; i++) {
-      const float x = part.values[g * width + i / PAIR * PAIR + place<T>(i % PAIR)] * share;
-      const int64_t at = head * c->value_dim + i;
-      if (c->query_type == SAD_FLOAT32) narrow(x, static_cast<float*>(c->output) + at);
-      if (c->query_type == SAD_BFLOAT16) narrow(x, static_cast<bf16*>(c->output) + at);
-      if (c->query_type == SAD_FLOAT16) narrow(x, static_cast<f16*>(c->output) + at);
+      const int64_t to = head * c->value_dim + i;
+      if (c->query_type == SAD_FLOAT32) narrow(x[i], static_cast<float*>(c->output) + to);
+      if (c->query_type == SAD_BFLOAT16) narrow(x[i], static_cast<bf16*>(c->output) + to);
+      if (c->query_type == SAD_FLOAT16) narrow(x[i], static_cast<f16*>(c->output) + to);
     }
   }
 }

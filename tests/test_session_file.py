@@ -35,9 +35,14 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("policy", ["sketch", "dense", "window", "oracle", "quest", "streaming"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loaded_session_answers_as_the_saved_one(tmp_path: Path, policy: str, dtype: torch.dtype) -> None:
-    config = AttentionConfig(**{**vars(BITING), "policy": policy})
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8"), (torch.bfloat16, "int4")],
+)
+def test_a_loaded_session_answers_as_the_saved_one(
+    tmp_path: Path, policy: str, dtype: torch.dtype, kv_dtype: str | None
+) -> None:
+    config = AttentionConfig(**{**vars(BITING), "policy": policy, "kv_dtype": kv_dtype})
     session = (model := SparseAttention(config, build("llama", dtype))).read(prompt(1, 150))
     questions = [prompt(1, tokens, seed=tokens) for tokens in (1, 5, 40)]
     expected = [session.ask(question, **GREEDY).tokens for question in questions]
@@ -339,13 +344,13 @@ def test_buffer_and_sketch_give_and_take_what_they_hold(tokens: int) -> None:
     model = chatty()
     layer = model.prefill(prompt(1, tokens)).layers[0]
     keys, values = layer.keys, layer.values
-    given = {name: torch.cat([held, held[:, :, -1:]], 2) for name, (held, _) in layer.state.buffer.tensors(1).items()}
+    given = {name: torch.cat([held, held[:, :, -1:]], 2) for name, held in layer.state.buffer.tensors().items()}
     buffer = KVBuffer()
-    buffer.adopt(given, tokens)
+    buffer.adopt(given, tokens, torch.float32)
     assert torch.equal(buffer.keys, keys) and torch.equal(buffer.values, values)
     assert buffer.capacity == tokens + 1
     with pytest.raises(ShapeError, match="no room for"):
-        buffer.adopt(given, tokens + 2)
+        buffer.adopt(given, tokens + 2, torch.float32)
     sketch = layer.state.policy.new_index(layer.state.kernels, layer.state.config)
     assert isinstance(sketch, Sketch)
     sketch.catch_up(keys, session_file.Rows.full(1, tokens), tokens)

@@ -19,6 +19,7 @@ void check_coding(Case& c) {
   call.count = upto(c.length);
   expect(sad_encode(&call) == SAD_OK, "encode fails");
   call.start = call.count, call.keys = c.keys.at(0, 0, call.start, 0), call.count = c.length - call.start;
+  if (is_packed(c.type)) call.key_scales += call.start;
   expect(sad_encode(&call) == SAD_OK, "encode fails");
   for (int64_t unit = 0; unit < UNITS; unit++) {
     std::vector<double> sum(size_t(c.dim), 0), square = sum;
@@ -130,10 +131,13 @@ void check_attention(const Case& c, const Listed& listed, const char* what) {
       for (int64_t i = 0; i < c.value_dim; i++)
         output[i] += weight * c.values.of(unit / HEADS, unit % HEADS, listed[unit][n], i);
     }
+    output = c.unrotated(output);
     expect_near(c.lse.data[head], logits.empty() ? -INFINITY : top + log(total), 1e-4, what);
     for (int64_t i = 0; i < c.value_dim; i++) {
-      const char* found = (char*)c.output.data + (head * c.value_dim + i) * (c.type == SAD_FLOAT32 ? 4 : 2);
-      expect_near(get(found, c.type), logits.empty() ? 0 : output[i] / total, c.tolerance(), what);
+      const char* found = (char*)c.output.data + (head * c.value_dim + i) * (bits_of(c.query_type) / 8);
+      const double wanted = logits.empty() ? 0 : output[i] / total;
+      // rotated back, packed values grow beyond those that are drawn
+      expect_near(get(found, c.query_type), wanted, c.tolerance() * std::max(1.0, fabs(wanted) / 4), what);
     }
   }
 }
@@ -197,8 +201,69 @@ void check_step(Case& c, sad_call call) {
   check_attention(c, read, "step");
 }
 
+// what is stored of a vector is within half a step of it, rotated
+void check_packed(const Case& c, const Tensor& held, const float* rotation, const char* from, int64_t t) {
+  const double most = held.type == SAD_INT8 ? 128 : 8;
+  for (int64_t unit = 0; unit < UNITS; unit++) {
+    std::vector<double> x;
+    for (int64_t i = 0; i < held.channels; i++)
+      x.push_back(get(from + (unit * held.channels + i) * (bits_of(c.query_type) / 8), c.query_type));
+    x = rotated_by(rotation, x);
+    const double step = held.step(unit / HEADS, unit % HEADS, t);
+    double largest = 0;
+    for (double y : x) largest = fabs(y) > fabs(largest) ? y : largest;
+    expect_near(fabs(step), fabs(largest) / most, fabs(largest) / most * 1e-3, "pack: scale");
+    for (int64_t i = 0; i < held.channels; i++) {
+      const double wide = x[i] / step > most - 1 ? 1.1 : 0.51;
+      expect_near(held.of(unit / HEADS, unit % HEADS, t, i), x[i], wide * fabs(step) + 1e-6, "pack: step");
+    }
+  }
+}
+
+// a packed token, written by itself and then by a step
+void check_packed_append(Case& c) {
+  const int64_t element = bits_of(c.query_type) / 8, last = c.length - 1;
+  Block<char> key(UNITS * c.dim, element), value(UNITS * c.value_dim, element);
+  for (int64_t i = 0; i < UNITS * c.dim; i++) put(key.data + i * element, c.query_type, number());
+  for (int64_t i = 0; i < UNITS * c.value_dim; i++) put(value.data + i * element, c.query_type, number());
+  sad_call call = c.call;
+  call.new_key = key.data, call.start = last, call.count = 1;
+  expect(sad_pack(&call) == SAD_OK, "pack fails");
+  sad_call other = call;
+  other.new_key = value.data, other.dim = c.value_dim, other.rotation = c.value_rotation.data;
+  other.keys = c.values.block.data, other.key_row = c.values.row, other.key_head = c.values.head;
+  other.key_token = c.values.token, other.key_scales = c.values.scales.data;
+  expect(sad_pack(&other) == SAD_OK, "pack fails");
+  check_packed(c, c.keys, c.rotation.data, key.data, last);
+  check_packed(c, c.values, c.value_rotation.data, value.data, last);
+  call.keys = c.keys.at(0, 0, last, 0), call.key_scales += last;
+  expect(sad_encode(&call) == SAD_OK, "encode fails");
+  auto all = [&] {
+    std::string bytes((char*)c.codes.data, size_t(c.codes.count));
+    for (const Tensor* x : {&c.keys, &c.values}) {
+      bytes.append(x->block.data, size_t(x->block.count));
+      bytes.append((char*)x->scales.data, size_t(x->scales.count * 2));
+    }
+    return bytes;
+  };
+  const std::string before = all();
+  for (int64_t unit = 0; unit < UNITS; unit++) {
+    for (const Tensor* x : {&c.keys, &c.values}) {
+      memset(x->at(unit / HEADS, unit % HEADS, last, 0), 0x55, size_t(x->width()));
+      x->scale(unit / HEADS, unit % HEADS, last) = 0x7e00;
+    }
+    for (int64_t word = 0; word < c.words; word++)
+      memset(c.codes.data + (((unit * c.blocks() + last / 16) * c.words + word) * 16 + last % 16) * 4, 0xff, 4);
+  }
+  call = c.call;
+  call.new_key = key.data, call.new_value = value.data, call.floor = 5;
+  check_step(c, call);
+  expect(all() == before, "append: packed");
+}
+
 // the last token taken out of the cache, to come back as the new one
 void check_append(Case& c) {
+  if (is_packed(c.type)) return check_packed_append(c);
   const int64_t element = c.type == SAD_FLOAT32 ? 4 : 2, last = c.length - 1;
   Block<char> key(UNITS * c.dim, element), value(UNITS * c.value_dim, element);
   const std::string codes((char*)c.codes.data, size_t(c.codes.count));
@@ -243,8 +308,14 @@ void check(Case& c) {
 void check_poisoned(Case& c) {
   const double bad[] = {INFINITY, -INFINITY, NAN};
   for (int64_t unit = 0; unit < UNITS && c.length; unit++)
-    for (int64_t n = 0; n < 3; n++)
-      put(c.keys.at(unit / HEADS, unit % HEADS, upto(c.length - 1), upto(c.dim - 1)), c.type, bad[upto(2)]);
+    for (int64_t n = 0; n < 3; n++) {
+      const int64_t row = unit / HEADS, head = unit % HEADS, t = upto(c.length - 1);
+      if (is_packed(c.type)) {
+        put((char*)&c.keys.scale(row, head, t), SAD_FLOAT16, bad[upto(2)]);
+      } else {
+        put(c.keys.at(row, head, t, upto(c.dim - 1)), c.type, bad[upto(2)]);
+      }
+    }
   for (int64_t round = 0; round < 4; round++) {
     sad_call call = c.call;
     call.floor = upto(c.length), call.threshold = round % 2 ? 1e-3 : 0, call.count = c.length;
@@ -295,11 +366,11 @@ int main() {
     for (int64_t length = 0; length <= 130; length++)
       for (int64_t i = length % 4; i < 7; i += 4) {
         const int64_t turn = (length + i) / 4;
-        run(turn % 3, length, GROUPS[turn % 4], DIMS[i], DIMS[(i + turn) % 7], 1);
+        run(turn % 5, length, GROUPS[turn % 4], DIMS[i], DIMS[(i + turn) % 7], 1);
       }
     // enough to be cut into pieces, and to be shared out
     sad_use_threads(parallel_for);
-    for (int64_t type = 0; type < 3; type++) run(type, 4700 + 7 * type, GROUPS[type + 1], 64, 80, 3);
+    for (int64_t type = 0; type < 5; type++) run(type, 4700 + 7 * type, GROUPS[type % 3 + 1], 64, 80, 3);
     printf("%s: %s\n", isa, failures ? "failed" : "passed");
   }
   return failures != 0;

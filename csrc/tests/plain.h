@@ -52,6 +52,11 @@ void put(char* to, int64_t type, double x) {
   memcpy(to, &half, 2);
 }
 
+inline bool is_packed(int64_t type) { return type >= SAD_INT8; }
+// bits of a stored channel, and the dtype of queries, outputs and new tokens beside a cache of this type
+inline int64_t bits_of(int64_t type) { return type == SAD_FLOAT32 ? 32 : type == SAD_INT8 ? 8 : type == SAD_INT4 ? 4 : 16; }
+inline int64_t query_type_of(int64_t type, int64_t length) { return is_packed(type) ? length % 3 : type; }
+
 double get(const char* from, int64_t type) {
   uint32_t bits = 0;
   float single;
@@ -81,56 +86,102 @@ struct Block {
   }
 };
 
-// [rows, heads, tokens, channels] with gaps of NaN behind each token, head and row
+// [rows, heads, tokens, channels] with gaps of NaN behind each token, head and row; strides count elements, where packed
+// bytes
 struct Tensor {
   int64_t type, heads, tokens, channels, token, head, row;
   Block<char> block;
+  Block<uint16_t> scales;
 
   Tensor(int64_t type, int64_t heads, int64_t tokens, int64_t channels, int64_t gap)
-      : type(type), heads(heads), tokens(tokens), channels(channels), token(channels + gap),
+      : type(type), heads(heads), tokens(tokens), channels(channels), token(width() + gap),
         head(tokens * token + 2 * gap), row(heads * head + gap),
-        block(tokens ? (ROWS - 1) * row + (heads - 1) * head + (tokens - 1) * token + channels : 0,
-              type == SAD_FLOAT32 ? 4 : 2) {
+        block(tokens ? (ROWS - 1) * row + (heads - 1) * head + (tokens - 1) * token + width() : 0,
+              is_packed(type) ? 1 : bits_of(type) / 8),
+        scales(is_packed(type) ? ROWS * heads * tokens : 0) {
     for (int64_t r = 0; r < ROWS; r++)
       for (int64_t h = 0; h < heads; h++)
-        for (int64_t t = 0; t < tokens; t++)
-          for (int64_t i = 0; i < channels; i++) put(at(r, h, t, i), type, number());
+        for (int64_t t = 0; t < tokens; t++) {
+          // powers of two of either sign, exact in float16
+          if (is_packed(type)) scale(r, h, t) = uint16_t(((type == SAD_INT8 ? 9 : 13) + upto(1)) << 10 | upto(1) << 15);
+          for (int64_t i = 0; i < channels; i++)
+            if (is_packed(type)) {
+              *at(r, h, t, i) = char(upto(255));
+            } else {
+              put(at(r, h, t, i), type, number());
+            }
+        }
   }
+  int64_t width() const { return type == SAD_INT4 ? channels / 2 : channels; }
   char* at(int64_t r, int64_t h, int64_t t, int64_t i) const {
-    return block.data + (r * row + h * head + t * token + i) * (type == SAD_FLOAT32 ? 4 : 2);
+    const int64_t element = is_packed(type) ? 1 : bits_of(type) / 8;
+    return block.data + (r * row + h * head + t * token + (type == SAD_INT4 ? i / 2 : i)) * element;
   }
-  double of(int64_t r, int64_t h, int64_t t, int64_t i) const { return get(at(r, h, t, i), type); }
+  uint16_t& scale(int64_t r, int64_t h, int64_t t) const { return scales.data[(r * heads + h) * tokens + t]; }
+  double step(int64_t r, int64_t h, int64_t t) const { return get((char*)&scale(r, h, t), SAD_FLOAT16); }
+  // of a packed row a rotated channel
+  double of(int64_t r, int64_t h, int64_t t, int64_t i) const {
+    if (type == SAD_INT8) return double(*(int8_t*)at(r, h, t, i)) * step(r, h, t);
+    if (type == SAD_INT4) return double((*(uint8_t*)at(r, h, t, i) >> (i % 2 * 4) & 15) - 8) * step(r, h, t);
+    return get(at(r, h, t, i), type);
+  }
 };
+
+// what sad_call knows of a rotation: scale, signs, cosines
+inline std::vector<float> new_rotation(int64_t dim) {
+  const int64_t power = dim & -dim, odd = dim / power;
+  std::vector<float> rotation{float(1 / sqrt(double(power)))};
+  for (int64_t i = 0; i < dim; i++) rotation.push_back(float(2 * upto(1) - 1));
+  for (int64_t i = 0; i < odd * odd; i++)
+    rotation.push_back(float(cos(double(i / odd) * (double(i % odd) + 0.5) * M_PI / double(odd)) *
+                             sqrt((i < odd ? 1.0 : 2.0) / double(odd))));
+  return rotation;
+}
+// signs, then the Hadamard matrix within each block, then cosines between blocks
+inline std::vector<double> rotated_by(const float* rotation, std::vector<double> x) {
+  const int64_t dim = int64_t(x.size()), power = dim & -dim, odd = dim / power;
+  std::vector<double> y(size_t(dim), 0);
+  for (int64_t i = 0; i < dim; i++) x[i] *= rotation[1 + i] / sqrt(double(power));
+  for (int64_t half = 1; half < power; half *= 2)
+    for (int64_t i = 0; i < dim; i++)
+      if (!(i & half)) {
+        const double first = x[i], second = x[i + half];
+        x[i] = first + second, x[i + half] = first - second;
+      }
+  for (int64_t i = 0; i < dim; i++)
+    for (int64_t part = 0; part < odd; part++)
+      y[i] += rotation[1 + dim + i / power * odd + part] * x[part * power + i % power];
+  return y;
+}
 
 // one cache of one size, and the call that all operations start from
 struct Case {
-  int64_t type, length, group, dim, value_dim, words, low, high;
+  int64_t type, query_type, length, group, dim, value_dim, words, low, high;
   Tensor query, keys, values;
   Block<uint8_t> codes, middle, near_valid;
   Block<uint16_t> factors;
-  Block<float> mean, deviation, rotation, output, lse, logits, near_lse, missing;
+  Block<float> mean, deviation, rotation, value_rotation, output, lse, logits, near_lse, missing;
   Block<int64_t> near, tokens, counts;
   sad_call call = {};
 
   Case(int64_t type, int64_t length, int64_t group, int64_t dim, int64_t value_dim, int64_t threads)
-      : type(type), length(length), group(group), dim(dim), value_dim(value_dim), words((dim + 15) / 16),
+      : type(type), query_type(query_type_of(type, length)), length(length), group(group), dim(dim), value_dim(value_dim), words((dim + 15) / 16),
         low(std::min<int64_t>(length, length % 20)), high(std::max(low, length - 1 - length % 3)),
-        query(type, 1, HEADS * group, dim, 1), keys(type, HEADS, length, dim, length % 2 ? 3 : 0),
+        query(query_type, 1, HEADS * group, dim, 1), keys(type, HEADS, length, dim, length % 2 ? 3 : 0),
         values(type, HEADS, length, value_dim, length % 2 ? 5 : 0), codes(UNITS * blocks() * words * 64),
         middle(ROWS * (high - low)), near_valid(ROWS * (length - high + low)), factors(UNITS * blocks() * 16),
-        mean(UNITS * dim), deviation(UNITS * dim), rotation(1 + dim + (dim / (dim & -dim)) * (dim / (dim & -dim))),
-        output(UNITS * group * value_dim, type == SAD_FLOAT32 ? 4 : 2), lse(UNITS * group),
+        mean(UNITS * dim), deviation(UNITS * dim), rotation(1 + dim + odd(dim) * odd(dim)),
+        value_rotation(1 + value_dim + odd(value_dim) * odd(value_dim)),
+        output(UNITS * group * value_dim, bits_of(query_type) / 8), lse(UNITS * group),
         logits(UNITS * group * (high - low)), near_lse(UNITS * group), missing(UNITS),
         near(ROWS * (length - high + low)), tokens(UNITS * (high - low)), counts(UNITS) {
-    const int64_t power = dim & -dim, odd = dim / power, beside = length - high + low;
-    rotation.data[0] = float(1 / sqrt(double(power)));
-    for (int64_t i = 0; i < dim; i++) rotation.data[1 + i] = float(2 * upto(1) - 1);
-    for (int64_t i = 0; i < odd * odd; i++)
-      rotation.data[1 + dim + i] = float(cos(double(i / odd) * (double(i % odd) + 0.5) * M_PI / double(odd)) *
-                                         sqrt((i < odd ? 1.0 : 2.0) / double(odd)));
+    const int64_t beside = length - high + low;
+    const std::vector<float> turn = new_rotation(dim), other = new_rotation(value_dim);
+    std::copy(turn.begin(), turn.end(), rotation.data);
+    std::copy(other.begin(), other.end(), value_rotation.data);
     for (int64_t i = 0; i < ROWS * beside; i++) near.data[i] = i % beside < low ? i % beside : i % beside - low + high;
     call.batch = ROWS, call.kv_heads = HEADS, call.group = group, call.dim = dim, call.value_dim = value_dim;
-    call.threads = threads, call.cache_type = call.query_type = type, call.length = length;
+    call.threads = threads, call.cache_type = type, call.query_type = query_type, call.length = length;
     call.scaling = 1 / sqrt(double(dim));
     call.query = query.block.data, call.query_row = query.row, call.query_head = query.token;
     call.output = output.data, call.lse = lse.data, call.rotation = rotation.data;
@@ -139,13 +190,17 @@ struct Case {
     call.value_token = values.token, call.codes = codes.data, call.code_head = blocks() * words * 64;
     call.code_row = HEADS * call.code_head, call.factors = factors.data, call.factor_head = blocks() * 16;
     call.factor_row = HEADS * call.factor_head, call.mean = mean.data, call.deviation = deviation.data;
+    call.key_scales = keys.scales.data, call.key_scale_head = length, call.key_scale_row = HEADS * length;
+    call.value_scales = values.scales.data, call.value_scale_head = length, call.value_scale_row = HEADS * length;
+    call.value_rotation = value_rotation.data;
     call.near = near.data, call.near_count = beside, call.low = low, call.high = high;
     call.logits = logits.data, call.near_lse = near_lse.data, call.tokens = tokens.data;
     call.cap = -1, call.tokens_room = high - low, call.counts = counts.data, call.missing = missing.data;
   }
+  static int64_t odd(int64_t dim) { return dim / (dim & -dim); }
   int64_t blocks() const { return (length + 15) / 16; }
   // what rounding may do to an output
-  double tolerance() const { return type == SAD_FLOAT32 ? 2e-5 : type == SAD_FLOAT16 ? 2e-3 : 1.6e-2; }
+  double tolerance() const { return query_type == SAD_FLOAT32 ? 2e-5 : query_type == SAD_FLOAT16 ? 2e-3 : 1.6e-2; }
   // two bits of a code, and the factor of a token
   int level(int64_t unit, int64_t t, int64_t i) const {
     const int64_t byte = i % (4 * words), block = (unit * blocks() + t / 16) * words;
@@ -155,37 +210,46 @@ struct Case {
     return get((char*)(factors.data + unit * blocks() * 16 + t), SAD_FLOAT16);
   }
 
-  // signs, then the Hadamard matrix within each block, then cosines between blocks
-  std::vector<double> rotated(std::vector<double> x) const {
-    const int64_t power = dim & -dim, odd = dim / power;
-    std::vector<double> y(size_t(dim), 0);
-    for (int64_t i = 0; i < dim; i++) x[i] *= rotation.data[1 + i] / sqrt(double(power));
-    for (int64_t half = 1; half < power; half *= 2)
-      for (int64_t i = 0; i < dim; i++)
-        if (!(i & half)) {
-          const double first = x[i], second = x[i + half];
-          x[i] = first + second, x[i + half] = first - second;
-        }
-    for (int64_t i = 0; i < dim; i++)
-      for (int64_t part = 0; part < odd; part++)
-        y[i] += rotation.data[1 + dim + i / power * odd + part] * x[part * power + i % power];
-    return y;
-  }
   std::vector<double> rotated_key(int64_t unit, int64_t t) const {
     std::vector<double> x;
     for (int64_t i = 0; i < dim; i++) x.push_back(keys.of(unit / HEADS, unit % HEADS, t, i));
-    return rotated(x);
+    return is_packed(type) ? x : rotated_by(rotation.data, x);
   }
   std::vector<double> rotated_query(int64_t unit, int64_t g) const {
     std::vector<double> x;
     for (int64_t i = 0; i < dim; i++) x.push_back(query.of(unit / HEADS, 0, unit % HEADS * group + g, i));
-    return rotated(x);
+    return rotated_by(rotation.data, x);
   }
   double logit(int64_t unit, int64_t g, int64_t t) const {
     double dot = 0;
+    if (is_packed(type)) {
+      const std::vector<double>& asked = turned_query(unit, g);
+      for (int64_t i = 0; i < dim; i++) dot += asked[i] * keys.of(unit / HEADS, unit % HEADS, t, i);
+      return dot * call.scaling;
+    }
     for (int64_t i = 0; i < dim; i++)
       dot += query.of(unit / HEADS, 0, unit % HEADS * group + g, i) * keys.of(unit / HEADS, unit % HEADS, t, i);
     return dot * call.scaling;
+  }
+  // kept: it is asked for with every token
+  const std::vector<double>& turned_query(int64_t unit, int64_t g) const {
+    if (turned.empty()) turned.resize(size_t(UNITS * group));
+    std::vector<double>& x = turned[unit * group + g];
+    if (x.empty()) x = rotated_query(unit, g);
+    return x;
+  }
+  mutable std::vector<std::vector<double>> turned;
+  // sums of values as they should come out: those of packed ones rotated back, by the transposed rotation
+  std::vector<double> unrotated(const std::vector<double>& sums) const {
+    if (!is_packed(type)) return sums;
+    std::vector<double> x(size_t(value_dim), 0);
+    for (int64_t i = 0; i < value_dim; i++) {
+      std::vector<double> unit(size_t(value_dim), 0);
+      unit[i] = 1;
+      unit = rotated_by(value_rotation.data, unit);
+      for (int64_t j = 0; j < value_dim; j++) x[i] += unit[j] * sums[j];
+    }
+    return x;
   }
 };
 

@@ -41,7 +41,7 @@ class LayerState:
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config
         self.policy: type[Policy] = resolve_policy(config.policy)
-        self.buffer = KVBuffer()
+        self.buffer = KVBuffer(config.kv_dtype, config.backend)
         self._reads = Reads()
         self._notes: list[_Note] = []
         self.index: Index | None = None
@@ -65,9 +65,8 @@ class LayerState:
         """The backend that serves this layer's dtype, device and head size."""
         if self._kernels is None:
             keys, values = self.buffer.keys, self.buffer.values
-            self._kernels = resolve(
-                self.config.backend, Request(keys.device, keys.dtype, keys.shape[-1], values.shape[-1])
-            )
+            request = Request(keys.device, keys.dtype, keys.shape[-1], values.shape[-1], self.buffer.kv_dtype)
+            self._kernels = resolve(self.config.backend, request)
         return self._kernels
 
     @property
@@ -90,10 +89,19 @@ class LayerState:
     def _add_up(self) -> None:
         near = self.config.sink_tokens + self.config.attention_window
         for note in self._notes:
-            keys, values = self.buffer.keys, self.buffer.values
-            token_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
-            self._reads.add(note.reads(keys.shape[1], token_bytes, near))
+            self._reads.add(note.reads(self.buffer, near))
         self._notes.clear()
+
+    def convert(self, kv_dtype: str) -> None:
+        """Keep keys and values in fewer bits from now on, see `KVBuffer.convert`.
+
+        An index that is a function of the keys is built anew when next needed, of the keys as they are now.
+        """
+        self._add_up()
+        self.buffer.convert(kv_dtype)
+        self._kernels = None
+        if not self.policy.evicts:
+            self.index = None
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens, in buffer, index and witness."""
@@ -141,7 +149,7 @@ def decode_step(query: Tensor, layer: LayerState, rows: Rows, scaling: float) ->
         rows: which cached tokens exist for each row.
         scaling: what logits are multiplied by, usually D ** -0.5.
     Returns:
-        Decoded; rows within the budget equal dense attention.
+        Decoded; rows within the budget equal dense attention over what is held.
     Raises:
         ShapeError: query and cache do not fit together.
         NonFiniteError: cached keys hold NaN or infinity.
@@ -169,8 +177,12 @@ def decode_step(query: Tensor, layer: LayerState, rows: Rows, scaling: float) ->
 
 
 def attend_densely(query: Tensor, layer: LayerState, rows: Rows, scaling: float) -> Tensor:
-    """Attention [B, Hq, Dv] of queries [B, Hq, D] over the whole cache; within the budget PyTorch's, bit for bit."""
-    kernels = REFERENCE if max(rows.counts) <= layer.config.budget_tokens else layer.kernels
+    """Attention [B, Hq, Dv] of queries [B, Hq, D] over the whole cache; within the budget PyTorch's, bit for bit.
+
+    A packed cache is read as it is, by the backend's kernel, however short.
+    """
+    exact = layer.buffer.kv_dtype is None and max(rows.counts) <= layer.config.budget_tokens
+    kernels = REFERENCE if exact else layer.kernels
     return kernels.attend_all(query, layer.buffer.keys, layer.buffer.values, rows.valid, scaling)
 
 
@@ -204,7 +216,8 @@ class _Note:
     missing: Tensor | None = None
     index_bytes: int = 0
 
-    def reads(self, heads: int, token_bytes: int, near: int) -> Reads:
+    def reads(self, buffer: KVBuffer, near: int) -> Reads:
+        heads = buffer.shape[1]
         chosen = [0] * len(self.dense) if self.chosen is None else self.chosen.sum(-1).tolist()
         tokens = 0
         for count, is_dense, own in zip(self.counts, self.dense, chosen, strict=True):
@@ -219,8 +232,8 @@ class _Note:
             sparse_steps=int(self.chosen is not None),
             tokens_read=tokens,
             tokens_cached=cached,
-            bytes_read=tokens * token_bytes,
+            bytes_read=tokens * buffer.token_bytes,
             index_bytes=self.index_bytes,
-            bytes_dense=cached * token_bytes,
+            bytes_dense=cached * buffer.plain_token_bytes,
             missing_mass=missing,
         )

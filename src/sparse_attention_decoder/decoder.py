@@ -183,6 +183,8 @@ class SparseAttention(nn.Module):
         """
         cache = SparseCache(self.model.config, self.config)
         cache.watch(watched)
+        # and for an answer of the usual length
+        cache.reserve(input_ids.shape[1] + DEFAULT_NEW_TOKENS)
         self.read_into(input_ids, cache, on_progress)
         return cache
 

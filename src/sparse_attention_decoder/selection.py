@@ -155,6 +155,8 @@ class Selection:
 class Reads:
     """What the decode steps of one layer read, added up. Bytes of keys, values and index.
 
+    bytes_read: as they are kept, packed or not; bytes_dense: what dense attention over a cache in the model's own
+        dtype would have read, so that `share_read` shows what packing saves too.
     steps: decode steps, sparse_steps of which chose tokens; the others read everything.
     tokens_read, tokens_cached: summed over steps, rows and KV heads.
     missing_mass: sum over sparse steps of the mean estimated missing mass.

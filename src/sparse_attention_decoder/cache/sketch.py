@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.errors import NonFiniteError, ShapeError
-from sparse_attention_decoder.kernels import BLOCK, Coded, Kernels, Statistics
+from sparse_attention_decoder.kernels import BLOCK, Coded, Kernels, Packed, Statistics
 from sparse_attention_decoder.selection import Rows
 
 
@@ -16,7 +16,8 @@ class Sketch:
     Each row's statistics are fitted on its first `fit_length(n)` of n tokens, sinks left out, and
     fitted anew whenever that number changes, that is, whenever the context has grown by a quarter.
     The fit depends on the row's length alone, not on how it got there, so appending one by one,
-    appending at once and truncating back all leave the same codes.
+    appending at once and truncating back all leave the same codes. Packed keys are fitted and coded
+    as they are stored, never as they came, for the same reason.
     """
 
     def __init__(self, kernels: Kernels, sinks: int) -> None:
@@ -39,7 +40,7 @@ class Sketch:
         assert self._coded is not None
         return self._coded
 
-    def catch_up(self, keys: Tensor, rows: Rows, needed: int) -> None:
+    def catch_up(self, keys: Tensor | Packed, rows: Rows, needed: int) -> None:
         """Cover at least the first `needed` of the keys [B, Hkv, T, D].
 
         Window tokens are never scored, so new keys are coded a windowful at a time: when the first
@@ -58,7 +59,7 @@ class Sketch:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _recode(self, keys: Tensor, rows: Rows, targets: list[int]) -> None:
+    def _recode(self, keys: Tensor | Packed, rows: Rows, targets: list[int]) -> None:
         if self._coded is None:
             self._allocate(keys)
         stale = [row for row, target in enumerate(targets) if self._fitted[row] != target]
@@ -86,7 +87,7 @@ class Sketch:
         moments = {"mean": (held.statistics.mean, 0), "deviation": (held.statistics.deviation, 0)}
         return {"codes": (codes, more), "factors": (factors, more * BLOCK), **moments}
 
-    def adopt(self, tensors: dict[str, Tensor], keys: Tensor) -> None:
+    def adopt(self, tensors: dict[str, Tensor], keys: Tensor | Packed) -> None:
         """Take over the sketch of all these keys [B, Hkv, T, D] as `tensors` gave it: nothing is coded again.
 
         Raises:
@@ -122,14 +123,14 @@ class Sketch:
             held.codes.index_select(0, rows), held.factors.index_select(0, rows), Statistics(mean, deviation)
         )
 
-    def _allocate(self, keys: Tensor) -> None:
+    def _allocate(self, keys: Tensor | Packed) -> None:
         batch, heads, tokens, dim = keys.shape
         work = torch.float64 if keys.dtype == torch.float64 else torch.float32
         mean = torch.zeros(batch, heads, dim, dtype=work, device=keys.device)
         self._coded = Coded.room(tokens + tokens // 2, Statistics(mean, torch.ones_like(mean)))
         self._fitted, self._reach = [-1] * batch, [0] * batch
 
-    def _fit_row(self, row: int, keys: Tensor, rows: Rows, tokens: int) -> None:
+    def _fit_row(self, row: int, keys: Tensor | Packed, rows: Rows, tokens: int) -> None:
         if rows.valid is None:
             own, reach = keys[row, :, self._sinks : tokens], tokens
         else:
@@ -142,7 +143,7 @@ class Sketch:
         statistics.mean[row], statistics.deviation[row] = mean, deviation
         self._fitted[row], self._reach[row] = tokens, reach
 
-    def _encode(self, keys: Tensor, rows: Rows) -> None:
+    def _encode(self, keys: Tensor | Packed, rows: Rows) -> None:
         total, coded = keys.shape[2], self.coded
         if total > coded.factors.shape[2]:
             coded = Coded.room(total + total // 2, coded.statistics)

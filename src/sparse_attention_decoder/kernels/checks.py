@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.errors import ShapeError
+from sparse_attention_decoder.kernels.packed import Packed
 from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Statistics
 from sparse_attention_decoder.selection import Regions
 
@@ -19,8 +20,17 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype:
         raise ShapeError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {dtype} {shape}")
 
 
-def check_keys(keys: Tensor, axes: int) -> None:
-    """Raise ShapeError unless these can be keys: axes, dtype, channels."""
+def check_keys(keys: Tensor | Packed, axes: int) -> None:
+    """Raise ShapeError unless these can be keys: axes, dtype, channels; of packed ones a row in one piece, too."""
+    if isinstance(keys, Packed):
+        fits = keys.codes.dtype in (torch.int8, torch.uint8) and keys.scales.dtype == torch.float16
+        if not fits or keys.scales.shape != keys.codes.shape[:-1] or keys.codes.stride(-1) != 1:
+            raise ShapeError(
+                f"packed keys have codes {keys.codes.dtype} {tuple(keys.codes.shape)} and scales {keys.scales.dtype} "
+                f"{tuple(keys.scales.shape)}; see kernels.packed"
+            )
+        if keys.shape[-2] > 1 and keys.scales.stride(-1) != 1:
+            raise ShapeError("the scales of a head's tokens must be contiguous")
     if keys.ndim != axes or keys.dtype not in FLOATS or not serves(keys.shape[-1]):
         raise ShapeError(
             f"keys are {keys.dtype} of shape {tuple(keys.shape)}; expected {axes} axes of float32, bfloat16 or "
@@ -33,7 +43,7 @@ def serves(dim: int) -> bool:
     return dim % 8 == 0 and 0 < dim <= MOST_DIM
 
 
-def check_cache(query: Tensor, keys: Tensor, values: Tensor) -> None:
+def check_cache(query: Tensor, keys: Tensor | Packed, values: Tensor | Packed) -> None:
     """Raise ShapeError unless queries [B, Hq, D], keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] fit."""
     check_keys(keys, 4)
     batch, _, _, dim = keys.shape
@@ -43,7 +53,16 @@ def check_cache(query: Tensor, keys: Tensor, values: Tensor) -> None:
             f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit; "
             "expected [B, Hq, D], [B, Hkv, T, D] and [B, Hkv, T, Dv], D and Dv multiples of 8"
         )
-    if not query.dtype == keys.dtype == values.dtype:
+    if isinstance(keys, Packed) and isinstance(values, Packed):
+        check_keys(values, 4)
+        if query.dtype not in FLOATS or keys.bits != values.bits:
+            raise ShapeError(
+                f"query is {query.dtype}, keys and values have {keys.bits} and {values.bits} bits; expected a float of "
+                "up to 32 bits, and keys and values of as many bits"
+            )
+    elif isinstance(keys, Packed) or isinstance(values, Packed):
+        raise ShapeError("of keys and values one is packed; expected both or none")
+    elif not query.dtype == keys.dtype == values.dtype:
         raise ShapeError(
             f"query, keys and values are {query.dtype}, {keys.dtype} and {values.dtype}; expected one dtype"
         )

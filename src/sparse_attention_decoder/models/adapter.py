@@ -59,11 +59,11 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
         NonFiniteError: a weight holds NaN or infinity.
     Calling it again replaces the config. `disable` takes it off.
     """
-    families.check(model)
+    config = config or AttentionConfig()
+    families.check(model, config.kv_dtype)
     _require_finite_weights(model)
     # a compiled step stays: it serves any config
     _take_off(model)
-    config = config or AttentionConfig()
     previous = model.config._attn_implementation
     AttentionInterface.register(NAME, sparse_attention_forward)
     # without a mask function of the same name transformers builds no mask, and padding is read as text
@@ -130,7 +130,7 @@ def sparse_attention_forward(
     Returns:
         output [B, N, Hq, Dv], and no weights (ask `SparseAttention.trace` for those).
     Raises:
-        UnsupportedError: a keyword that changes the scores.
+        UnsupportedError: a keyword that changes the scores, or keys that were made of those of a packed cache.
     """
     for name in _MODIFIERS:
         if kwargs.get(name) is not None:
@@ -154,6 +154,10 @@ def sparse_attention_forward(
             _warn_once(f"{type(module).__name__} decodes densely: its keys and values do not come from a SparseCache")
     if rows is None or layer is None:
         output: tuple[Tensor, Tensor | None]
+        if layer is not None and layer.hides:
+            key, value = layer.plain()
+        elif layer is None and query.shape[2] == 1 and not hasattr(key, STOCK_TAG):
+            _require_numbers(module, key, value)
         if layer is not None and dropout == 0.0 and takes_chunk(query, key, value) and _is_causal(attention_mask):
             output = attend_chunk(query, key, value, scale).transpose(1, 2), None
         else:
@@ -168,6 +172,17 @@ def sparse_attention_forward(
     decoded = decode_step(query[:, :, 0], layer.state, rows, scale)
     layer.last = (query[:, :, 0].detach(), rows, scale, decoded)
     return decoded.output.unsqueeze(1), None
+
+
+def _require_numbers(module: nn.Module, key: Tensor, value: Tensor) -> None:
+    # a packed layer shows NaN for all it holds, so one token tells; while a step is traced there are no numbers
+    if torch.compiler.is_compiling():
+        return
+    if bool(key[0, 0, 0].isnan().all()) or bool(value[0, 0, 0].isnan().all()):
+        raise UnsupportedError(
+            f"{type(module).__name__} changes keys or values behind the cache, which it cannot where they are packed; "
+            "use kv_dtype=None"
+        )
 
 
 def _attend_static(

@@ -130,7 +130,7 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> Content:
         for number, layer in enumerate(cache.layers):
             own = {name.partition(".")[2]: held for name, held in tensors.items() if name.startswith(f"{number}.")}
             if tokens:
-                _adopt(layer, own, tokens)
+                _adopt(layer, own, tokens, model.dtype)
         frame = Frame(**json.loads(metadata["frame"]))
         return Content(cache, tensors["ids"], frame, bool(json.loads(metadata["begun"])))
     # its checksum is right, so it was written like this: by a version that says more, or less, under this format
@@ -155,7 +155,7 @@ def _stored(layer: Any) -> _Stored:
             f"a session cannot be saved under policy {state.config.policy}, which keeps what it saw of the prompt's "
             'queries; read the document under another, such as "sketch"'
         )
-    stored = state.buffer.tensors(SPARE)
+    stored = {name: (held, SPARE) for name, held in state.buffer.tensors().items()}
     if state.index is None:
         state.index = state.policy.new_index(state.kernels, state.config)
     # other indexes are made from the keys when they are first needed
@@ -166,7 +166,7 @@ def _stored(layer: Any) -> _Stored:
     return stored
 
 
-def _adopt(layer: Any, tensors: dict[str, Tensor], tokens: int) -> None:
+def _adopt(layer: Any, tensors: dict[str, Tensor], tokens: int, dtype: torch.dtype) -> None:
     """Let a fresh layer hold what `_stored` took from another."""
     keys, values = tensors["keys"], tensors["values"]
     layer.lazy_initialization(keys, values)
@@ -174,7 +174,8 @@ def _adopt(layer: Any, tensors: dict[str, Tensor], tokens: int) -> None:
         layer.keys, layer.values, layer.cumulative_length = keys, values, tokens
         return
     state = layer.state
-    state.buffer.adopt(tensors, tokens)
+    state.buffer.adopt(tensors, tokens, dtype)
+    layer.dtype = dtype
     layer.crop(0)
     state.index = state.policy.new_index(state.kernels, state.config)
     if isinstance(state.index, Sketch):

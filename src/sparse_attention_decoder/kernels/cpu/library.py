@@ -74,11 +74,20 @@ _FIELDS = [
     "counts",
     "missing",
     "tokens_valid",
+    "key_scales",
+    "key_scale_row",
+    "key_scale_head",
+    "value_scales",
+    "value_scale_row",
+    "value_scale_head",
+    "value_rotation",
 ]
 _LAYOUT = Struct("=" + "".join("d" if name in ("threshold", "scaling") else "q" for name in _FIELDS))
 _NOTHING: dict[str, float] = dict.fromkeys(_FIELDS, 0)
 
+# of queries and of a cache; the last two are codes of a packed one
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PACKED = {torch.int8: 3, torch.uint8: 4}
 
 
 @cache

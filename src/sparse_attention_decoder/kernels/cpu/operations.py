@@ -1,6 +1,7 @@
 """The operations of the compiled library on tensors. `reference` says what each computes."""
 
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,29 +15,45 @@ from sparse_attention_decoder.kernels.checks import (
     check_shape,
     checked_sketch,
 )
-from sparse_attention_decoder.kernels.cpu.library import DTYPES, call
+from sparse_attention_decoder.kernels.cpu.library import DTYPES, PACKED, call
+from sparse_attention_decoder.kernels.packed import Packed
 from sparse_attention_decoder.kernels.protocol import Coded
 from sparse_attention_decoder.kernels.rotation import rotation_parts
 from sparse_attention_decoder.selection import Regions
+
+Held = TypeVar("Held", Tensor, Packed, Tensor | Packed)
 
 # where a sketch keeps what kernels are told of it
 _FIELDS = "_cpu_fields"
 
 
-def fit(keys: Tensor) -> tuple[Tensor, Tensor]:
+def pack(x: Tensor, into: Packed) -> None:
+    """Write keys or values [B, Hkv, N, D] into a packed view of N tokens."""
+    check_keys(x, 4)
+    check_keys(into, 4)
+    if x.shape != into.shape:
+        raise ShapeError(f"{tuple(x.shape)} does not fit a packed view of {tuple(into.shape)}")
+    x = x.contiguous()
+    call(
+        "sad_pack", _cache(into, None), new_key=_at(x), query_type=DTYPES[x.dtype], count=x.shape[2],
+        rotation=_at(_rotation(x.shape[3])),
+    )  # fmt: skip
+
+
+def fit(keys: Tensor | Packed) -> tuple[Tensor, Tensor]:
     """Mean and deviation [Hkv, D] of one row's keys [Hkv, N, D] after rotation; N may be 0."""
     check_keys(keys, 3)
     heads, tokens, dim = keys.shape
-    keys = _rows(keys)
     mean, deviation = torch.empty(heads, dim), torch.empty(heads, dim)
+    held = _rows(keys)[None]
     call(
-        "sad_fit", kv_heads=heads, dim=dim, cache_type=DTYPES[keys.dtype], keys=_at(keys), key_head=keys.stride(0),
-        key_token=keys.stride(1), count=tokens, mean=_at(mean), deviation=_at(deviation), rotation=_at(_rotation(dim)),
+        "sad_fit", _cache(held, None), count=tokens, mean=_at(mean), deviation=_at(deviation),
+        rotation=_at(_rotation(dim)),
     )  # fmt: skip
     return mean, deviation
 
 
-def encode(keys: Tensor, coded: Coded, start: int) -> None:
+def encode(keys: Tensor | Packed, coded: Coded, start: int) -> None:
     """Code keys [B, Hkv, N, D] into tokens start .. start + N - 1."""
     check_keys(keys, 4)
     coded = checked_sketch(coded, keys.shape[0], keys.shape[1], keys.shape[3])
@@ -90,7 +107,7 @@ def select(
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, valid: Tensor | None, scaling: float
+    query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, tokens: Tensor, valid: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, Hq, Dv] and its log-sum-exp [B, Hq] over the listed tokens [B, Hkv, N]."""
     check_cache(query, keys, values)
@@ -106,7 +123,7 @@ def attend(
 
 
 def attend_all(
-    query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float
+    query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, valid: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, Hq, Dv] and its log-sum-exp [B, Hq] over every token, `valid` [B, T] marking those that count."""
     check_cache(query, keys, values)
@@ -117,8 +134,8 @@ def attend_all(
 
 def step(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | Packed,
+    values: Tensor | Packed,
     coded: Coded,
     regions: Regions,
     floor: int,
@@ -139,10 +156,10 @@ def step(
     if needed > coded.factors.shape[2]:
         raise ShapeError(f"{needed} tokens do not fit a sketch of {coded.factors.shape[2]} and {length} cached tokens")
     if appended is not None:
-        if keys.stride(-1) != 1 or values.stride(-1) != 1:
+        if any(isinstance(x, Tensor) and x.stride(-1) != 1 for x in (keys, values)):
             raise ShapeError("keys and values to append to must be contiguous in their last axis")
-        check_shape("key", appended[0], (batch, heads, dim), keys.dtype)
-        check_shape("value", appended[1], (batch, heads, values.shape[3]), keys.dtype)
+        check_shape("key", appended[0], (batch, heads, dim), query.dtype)
+        check_shape("value", appended[1], (batch, heads, values.shape[3]), query.dtype)
     query, keys, values = _query_rows(query, heads), _rows(keys), _rows(values)
     output, lse = _results(query, values)
     near, near_valid, middle = (None if x is None else x.contiguous() for x in (
@@ -161,7 +178,14 @@ def step(
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, tokens: int, count: int, listed: int, valid: int
+    query: Tensor,
+    keys: Tensor | Packed,
+    values: Tensor | Packed,
+    scaling: float,
+    tokens: int,
+    count: int,
+    listed: int,
+    valid: int,
 ) -> tuple[Tensor, Tensor]:
     query, keys, values = _query_rows(query, keys.shape[1]), _rows(keys), _rows(values)
     output, lse = _results(query, values)
@@ -172,7 +196,7 @@ def _attend(
     return output, lse
 
 
-def _results(query: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _results(query: Tensor, values: Tensor | Packed) -> tuple[Tensor, Tensor]:
     batch, heads, _ = query.shape
     return torch.empty((batch, heads, values.shape[3]), dtype=query.dtype), torch.empty((batch, heads))
 
@@ -194,16 +218,26 @@ def _query(query: Tensor, kv_heads: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _cache(keys: Tensor, values: Tensor | None) -> dict[str, int]:
+def _cache(keys: Tensor | Packed, values: Tensor | Packed | None) -> dict[str, int]:
     batch, heads, length, dim = keys.shape
-    row, head, token, _ = keys.stride()
-    fields = {
-        "batch": batch, "kv_heads": heads, "dim": dim, "cache_type": DTYPES[keys.dtype], "length": length,
-        "keys": keys.data_ptr(), "key_row": row, "key_head": head, "key_token": token,
-    }  # fmt: skip
+    kind = PACKED[keys.codes.dtype] if isinstance(keys, Packed) else DTYPES[keys.dtype]
+    fields = {"batch": batch, "kv_heads": heads, "dim": dim, "cache_type": kind, "length": length}
+    fields.update(_held("key", keys))
     if values is not None:
-        fields["value_dim"], fields["values"] = values.shape[3], values.data_ptr()
-        fields["value_row"], fields["value_head"], fields["value_token"], _ = values.stride()
+        fields["value_dim"] = values.shape[3]
+        fields.update(_held("value", values))
+        if isinstance(values, Packed):
+            fields["rotation"], fields["value_rotation"] = _at(_rotation(dim)), _at(_rotation(values.shape[3]))
+    return fields
+
+
+def _held(name: str, x: Tensor | Packed) -> dict[str, int]:
+    codes = x.codes if isinstance(x, Packed) else x
+    row, head, token, _ = codes.stride()
+    fields = {f"{name}s": codes.data_ptr(), f"{name}_row": row, f"{name}_head": head, f"{name}_token": token}
+    if isinstance(x, Packed):
+        row, head, _ = x.scales.stride()
+        fields |= {f"{name}_scales": x.scales.data_ptr(), f"{name}_scale_row": row, f"{name}_scale_head": head}
     return fields
 
 
@@ -227,8 +261,10 @@ def _query_rows(query: Tensor, kv_heads: int) -> Tensor:
     return _rows(query)
 
 
-def _rows(x: Tensor) -> Tensor:
-    # kernels walk the last axis element by element, any other by its stride
+def _rows(x: Held) -> Held:
+    # kernels walk the last axis element by element, any other by its stride; packed rows are checked
+    if isinstance(x, Packed):
+        return x
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
