@@ -175,16 +175,16 @@ class SparseAttention(nn.Module):
         """
         cache = SparseCache(self.model.config, self.config)
         cache.watch(watched)
-        # and for an answer of the usual length
-        cache.reserve(input_ids.shape[1] + DEFAULT_NEW_TOKENS)
         self._read(input_ids, cache, on_progress)
         return cache
 
     @torch.no_grad()
     def _read(self, ids: Tensor, cache: SparseCache | StaticSparseCache, on_progress: Progress | None) -> None:
         self.check_ids(ids, 0)
-        total = ids.shape[1]
-        done = 0
+        total, done = ids.shape[1], 0
+        if isinstance(cache, SparseCache):
+            # and for an answer of the usual length
+            cache.reserve(total + DEFAULT_NEW_TOKENS)
         while done < total:
             # a last chunk of one token would be a decode step, and read sparsely: it joins the one before
             size = total - done if total - done == PREFILL_CHUNK + 1 else PREFILL_CHUNK
