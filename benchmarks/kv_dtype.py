@@ -19,6 +19,7 @@ from sparse_attention_decoder.models.cache import token_bytes
 
 @torch.inference_mode()
 def main() -> None:
+    """Read, decode, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="+", type=Path)
     parser.add_argument("--context", type=int, default=4096)

@@ -862,7 +862,7 @@ def test_the_memory_of_a_cache_is_freed_with_the_last_reference_to_it(policy, pa
 def test_the_memory_of_a_forward_under_autograd_is_freed_with_its_output():
     output = sparse_model(BITING)(prompt(1, 40))
     held = output.past_key_values
-    references = [weakref.ref(thing) for thing in (held, *held.layers, held.layers[0].state.buffer._keys)]
+    references = [weakref.ref(thing) for thing in (held, *held.layers, *held.layers[0].state.buffer._stored.values())]
     del output, held
     assert [reference() for reference in references] == [None] * len(references)
 

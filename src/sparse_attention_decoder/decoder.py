@@ -17,14 +17,12 @@ from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.frame import prompt_ids
 from sparse_attention_decoder.models.ids import check_ids
 from sparse_attention_decoder.models.loading import load
-from sparse_attention_decoder.models.reading import Progress, read_into, read_into_static
+from sparse_attention_decoder.models.reading import DEFAULT_NEW_TOKENS, Progress, read_into, read_into_static
 from sparse_attention_decoder.models.static import StaticSparseCache
 from sparse_attention_decoder.models.stopping import StopWhen
 from sparse_attention_decoder.models.streaming import pieces
 from sparse_attention_decoder.session import Session
 from sparse_attention_decoder.trace import Trace, trace_layer
-
-DEFAULT_NEW_TOKENS = 256
 
 
 class SparseAttention(nn.Module):
@@ -183,8 +181,6 @@ class SparseAttention(nn.Module):
         """
         cache = SparseCache(self.model.config, self.config)
         cache.watch(watched)
-        # and for an answer of the usual length
-        cache.reserve(input_ids.shape[1] + DEFAULT_NEW_TOKENS)
         self.read_into(input_ids, cache, on_progress)
         return cache
 

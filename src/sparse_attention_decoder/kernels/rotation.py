@@ -37,8 +37,8 @@ def _butterfly(x: Tensor, power: int) -> Tensor:
         first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
         x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
         half *= 2
-    turned: Tensor = x * power**-0.5
-    return turned
+    scaled: Tensor = x * power**-0.5
+    return scaled
 
 
 def _mix(x: Tensor, weights: Tensor) -> Tensor:

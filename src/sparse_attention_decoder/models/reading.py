@@ -12,6 +12,8 @@ from sparse_attention_decoder.models.static import StaticSparseCache
 
 PREFILL_CHUNK = 1024
 CAPACITY_STEP = 4096
+# an answer of the usual length
+DEFAULT_NEW_TOKENS = 256
 
 # told (tokens read, tokens to read) after each chunk
 Progress = Callable[[int, int], None]
@@ -22,8 +24,9 @@ def read_into(
     model: PreTrainedModel, ids: Tensor, cache: SparseCache | StaticSparseCache, on_progress: Progress | None = None
 ) -> None:
     """Read ids [B, T] behind what a cache holds."""
-    total = ids.shape[1]
-    done = 0
+    total, done = ids.shape[1], 0
+    if isinstance(cache, SparseCache) and cache.get_seq_length() == 0:
+        cache.reserve(total + DEFAULT_NEW_TOKENS)
     while done < total:
         # a last chunk of one token would be a decode step, and read sparsely: it joins the one before
         size = total - done if total - done == PREFILL_CHUNK + 1 else PREFILL_CHUNK
