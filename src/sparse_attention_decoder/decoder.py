@@ -38,6 +38,7 @@ class SparseAttention(nn.Module):
         model: a transformers causal LM, or what `models.loading.load` takes: a hub name, a
             directory or a GGUF file; the embedded default if left out.
         tokenizer: for text in and out; comes along when the model is loaded by name.
+        weights: "float32", "bf16", "int8" or "int4"; as they come if left out, see `models.loading.load`.
     Raises:
         ModelLoadError: no model there. UnsupportedError: a family that cannot be hooked.
         NonFiniteError: weights hold NaN or infinity.
@@ -51,11 +52,11 @@ class SparseAttention(nn.Module):
         config: AttentionConfig | None = None,
         model: PreTrainedModel | str | os.PathLike[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, PreTrainedModel):
-            model, found = load(model)
-            tokenizer = tokenizer or found
+        model, found = load(model, weights=weights)
+        tokenizer = tokenizer or found
         self.config = config or AttentionConfig()
         self.tokenizer = tokenizer
         self.model = enable(model, self.config)
@@ -66,18 +67,20 @@ class SparseAttention(nn.Module):
         name: str | os.PathLike[str] | None = None,
         config: AttentionConfig | None = None,
         *,
+        weights: str | None = None,
         on_stage: Callable[[str], None] | None = None,
         **model_kwargs: Any,
     ) -> "SparseAttention":
         """Load a model by hub name, directory or GGUF file; None is the embedded default.
 
         Args:
+            weights: "float32", "bf16", "int8" or "int4", see `models.loading.load`.
             on_stage: told in a few words what is being done, for progress displays.
             model_kwargs: for transformers' `from_pretrained`: dtype, device_map and so on.
         Raises:
             ModelLoadError: no model there, or a damaged one.
         """
-        model, tokenizer = load(name, on_stage=on_stage, **model_kwargs)
+        model, tokenizer = load(name, weights=weights, on_stage=on_stage, **model_kwargs)
         return cls(config, model, tokenizer)
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
