@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 
 from sparse_attention_decoder.errors import CacheDirectoryError, ModelLoadError
-from sparse_attention_decoder.models import loading
+from sparse_attention_decoder.models import conversion, kept, loading
 
 CACHE = "SPARSE_ATTENTION_DECODER_CACHE"
 WIDTH, TOKENS = 16, ["<unk>", "<s>", "</s>", *"abcdefgh", "ab", "cd"]
@@ -107,8 +107,8 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def conversions(monkeypatch) -> list[Path]:
     """What was converted so far."""
-    done, convert = [], loading._convert
-    monkeypatch.setattr(loading, "_convert", lambda source, target: (done.append(source), convert(source, target)))
+    done, convert = [], conversion._convert
+    monkeypatch.setattr(conversion, "_convert", lambda source, target: (done.append(source), convert(source, target)))
     return done
 
 
@@ -180,9 +180,9 @@ def test_a_hub_name_that_cannot_be_had_says_why_and_what_to_do(monkeypatch, name
 def test_the_cache_directory_is_the_variable_or_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(CACHE, "~/here")
-    assert loading.cache_directory() == tmp_path / "here"
+    assert kept.cache_directory() == tmp_path / "here"
     monkeypatch.setenv(CACHE, "")
-    assert loading.cache_directory() == Path(platformdirs.user_cache_dir("sparse-attention-decoder"))
+    assert kept.cache_directory() == Path(platformdirs.user_cache_dir("sparse-attention-decoder"))
 
 
 @pytest.mark.parametrize("spec", [None, SimpleNamespace(submodule_search_locations=["/no/such/place"])])
@@ -332,19 +332,19 @@ def test_nothing_is_printed_meanwhile_and_the_bars_are_as_before(file, capfd, wa
 def test_a_changed_file_is_another_model_and_a_touched_one_is_not(tmp_path, monkeypatch):
     path, content = tmp_path / "model.gguf", bytearray(40 << 20)
     path.write_bytes(content)
-    seen = {loading._identity(path)}
+    seen = {conversion._identity(path)}
     os.utime(path, (1, 1))
-    assert {loading._identity(path)} == seen
+    assert {conversion._identity(path)} == seen
     content.append(0)
     first, middle, last = slice(1), slice(20 << 20, 21 << 20), slice(len(content) - 1, None)
     for changed in (slice(0), first, middle, last):
         content[changed] = b"1" * len(content[changed])
         path.write_bytes(content)
-        seen.add(loading._identity(path))
-    monkeypatch.setattr(loading, "_FORMAT", loading._FORMAT + 1)
-    seen.add(loading._identity(path))
-    monkeypatch.setattr(loading.transformers, "__version__", "6.0.0")
-    seen.add(loading._identity(path))
+        seen.add(conversion._identity(path))
+    monkeypatch.setattr(conversion, "_FORMAT", conversion._FORMAT + 1)
+    seen.add(conversion._identity(path))
+    monkeypatch.setattr(conversion.transformers, "__version__", "6.0.0")
+    seen.add(conversion._identity(path))
     assert len(seen) == 7
 
 
@@ -378,7 +378,7 @@ def test_a_broken_cache_is_noticed_and_rebuilt(file, cache, conversions, caplog,
     # a copy: the weights themselves are views of the file that is damaged next
     before = copy.deepcopy(loading.load(file)[0])
     damage(converted(cache))
-    with caplog.at_level(logging.WARNING, loading.__name__):
+    with caplog.at_level(logging.WARNING, kept.__name__):
         after, _ = loading.load(file)
     assert same_weights(before, after) and len(conversions) == 2
     assert [record.getMessage().partition("(")[0] for record in caplog.records] == [
@@ -392,7 +392,7 @@ def test_a_converted_model_appears_whole_and_in_one_step(file, cache, monkeypatc
     steps, replace = {}, os.replace
 
     def watch(source, target):
-        steps[Path(target)] = (loading._damage(Path(source)), Path(target).exists())
+        steps[Path(target)] = (kept._damage(Path(source)), Path(target).exists())
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", watch)
@@ -405,12 +405,12 @@ def test_an_interrupted_conversion_leaves_nothing(file, cache, monkeypatch):
         (target / "model.safetensors").write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    convert = loading._convert
-    monkeypatch.setattr(loading, "_convert", interrupt)
+    convert = conversion._convert
+    monkeypatch.setattr(conversion, "_convert", interrupt)
     with pytest.raises(KeyboardInterrupt):
         loading.load(file)
     assert not list((cache / "models").iterdir())
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(conversion, "_convert", convert)
     loading.load(file)
 
 
@@ -418,7 +418,7 @@ def test_a_full_disk_names_the_directory_the_reason_and_the_way_out(file, cache,
     def fill(source, target):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(loading, "_convert", fill)
+    monkeypatch.setattr(conversion, "_convert", fill)
     with pytest.raises(CacheDirectoryError, match=rf"{cache}: {os.strerror(errno.ENOSPC)}; set {CACHE} to a writable"):
         loading.load(file)
 
@@ -466,16 +466,16 @@ def test_whoever_comes_second_takes_what_the_first_one_left(file, cache, monkeyp
     if is_damaged:
         loading.load(file)
         flip_last_byte(converted(cache))
-    convert = loading._convert
+    convert = conversion._convert
 
     def overtaken(source, target):
-        monkeypatch.setattr(loading, "_convert", convert)
+        monkeypatch.setattr(conversion, "_convert", convert)
         loading.load(source)
         (converted_first,) = (path for path in target.parent.iterdir() if path.suffix != ".draft")
         (converted_first / "mark").touch()
         convert(source, target)
 
-    monkeypatch.setattr(loading, "_convert", overtaken)
+    monkeypatch.setattr(conversion, "_convert", overtaken)
     loading.load(file)
     assert (converted(cache) / "mark").exists()
 
@@ -497,7 +497,7 @@ from unittest.mock import MagicMock
 # stand-ins: to import torch twice takes longer than all other tests
 for name in ("torch", "transformers", "transformers.utils", "gguf", "huggingface_hub.errors", "safetensors"):
     sys.modules[name] = MagicMock(SafetensorError=OSError, __version__="5")
-from sparse_attention_decoder.models import loading
+from sparse_attention_decoder.models import conversion
 def wait_for_the_other(source, target):
     (target / "model.safetensors").write_text("weights")
     deadline = time.monotonic() + 60
@@ -505,8 +505,8 @@ def wait_for_the_other(source, target):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     (target.parent.parent / "met").touch()
-loading._convert = wait_for_the_other
-print(loading._converted(Path(sys.argv[1]), str))
+conversion._convert = wait_for_the_other
+print(conversion.converted(Path(sys.argv[1]), str))
 """
 
 
@@ -517,7 +517,7 @@ def test_two_processes_that_convert_at_once_both_end_well(file, cache):
     assert [process.returncode for process in processes] == [0, 0]
     assert (cache / "met").exists()
     assert told == [str(converted(cache))] * 2
-    assert loading._damage(converted(cache)) is None
+    assert kept._damage(converted(cache)) is None
 
 
 # --- the embedded default

@@ -37,6 +37,7 @@ class SparseAttention(nn.Module):
         model: a transformers causal LM, or what `models.loading.load` takes: a hub name, a
             directory or a GGUF file; the embedded default if left out.
         tokenizer: for text in and out; comes along when the model is loaded by name.
+        weights: "float32", "bf16", "int8" or "int4"; as they come if left out, see `models.loading.load`.
         compile: decode steps run compiled, see `generate`.
     Raises:
         ModelLoadError: no model there. UnsupportedError: a family that cannot be hooked.
@@ -51,12 +52,12 @@ class SparseAttention(nn.Module):
         config: AttentionConfig | None = None,
         model: PreTrainedModel | str | os.PathLike[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        weights: str | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(model, PreTrainedModel):
-            model, found = load(model)
-            tokenizer = tokenizer or found
+        model, found = load(model, weights=weights)
+        tokenizer = tokenizer or found
         self.config = config or AttentionConfig()
         self.tokenizer = tokenizer
         self.model = enable(model, self.config)
@@ -69,6 +70,7 @@ class SparseAttention(nn.Module):
         name: str | os.PathLike[str] | None = None,
         config: AttentionConfig | None = None,
         *,
+        weights: str | None = None,
         compile: bool = False,
         on_stage: Callable[[str], None] | None = None,
         **model_kwargs: Any,
@@ -76,13 +78,14 @@ class SparseAttention(nn.Module):
         """Load a model by hub name, directory or GGUF file; None is the embedded default.
 
         Args:
+            weights: "float32", "bf16", "int8" or "int4", see `models.loading.load`.
             compile: decode steps run compiled, see `generate`; on a CPU only.
             on_stage: told in a few words what is being done, for progress displays.
             model_kwargs: for transformers' `from_pretrained`: dtype, device_map and so on.
         Raises:
             ModelLoadError: no model there, or a damaged one.
         """
-        model, tokenizer = load(name, on_stage=on_stage, **model_kwargs)
+        model, tokenizer = load(name, weights=weights, on_stage=on_stage, **model_kwargs)
         decoder = cls(config, model, tokenizer)
         if compile:
             compiled.install(decoder.model, on_stage)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from sparse_attention_decoder.cli.terminal import ModelOption, console, load_model, out, progress_bar
+from sparse_attention_decoder.cli.terminal import ModelOption, WeightsOption, console, load_model, out, progress_bar
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import InputError
 from sparse_attention_decoder.tables import POLICIES
@@ -43,6 +43,7 @@ def generate(
         typer.Option("--file", "-f", help="Read the prompt from this UTF-8 file; PROMPT, if given too, follows it."),
     ] = None,
     model: ModelOption = None,
+    weights: WeightsOption = None,
     max_new_tokens: TokensOption = 256,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher samples.")] = 0.0,
@@ -73,7 +74,7 @@ def generate(
     config = AttentionConfig(
         top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=dense_below_of(dense_below)
     )
-    decoder = load_model(model, config)
+    decoder = load_model(model, config, weights)
     if compare:
         _show(_compare(decoder, text, False if raw else None, max_new_tokens))
         return
@@ -91,6 +92,7 @@ def demo(
     tokens: Annotated[int, typer.Option(help="Length of the document, in tokens.", min=64)] = 5900,
     max_new_tokens: TokensOption = 64,
     model: ModelOption = None,
+    weights: WeightsOption = None,
 ) -> None:
     """The main job on a real text: dense and sparse side by side.
 
@@ -100,7 +102,7 @@ def demo(
     """
     from sparse_attention_decoder.measure.demo import QUESTION, document
 
-    decoder = load_model(model, AttentionConfig())
+    decoder = load_model(model, AttentionConfig(), weights)
     prompt = f"{document(decoder, tokens)}\n\n{QUESTION}"
     console.print(f"The document: Python's language reference, cut to about {tokens} tokens.")
     console.print(f"The question: {QUESTION}\n")

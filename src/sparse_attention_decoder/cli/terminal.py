@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,16 @@ from sparse_attention_decoder.config import AttentionConfig
 if TYPE_CHECKING:
     from sparse_attention_decoder.decoder import SparseAttention
 
+
+class Weights(str, Enum):
+    """The forms of weights, as `models.weights.FORMS` has them."""
+
+    float32 = "float32"
+    bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
+
+
 console = Console(stderr=True)
 # results go to stdout, so that they can be piped; progress and remarks to stderr
 out = Console(soft_wrap=True)
@@ -24,15 +35,22 @@ ModelOption = Annotated[
         "--model", "-m", help="Hub name, directory or GGUF file. Default: the embedded SmolLM2-135M-Instruct."
     ),
 ]
+WeightsOption = Annotated[
+    Weights | None, typer.Option("--weights", help="Keep the weights so; fewer bits are faster and less exact.")
+]
 OnProgress = Callable[[int, int], None]
 
 
-def load_model(model: str | None, config: AttentionConfig, **model_kwargs: Any) -> "SparseAttention":
+def load_model(
+    model: str | None, config: AttentionConfig, weights: Weights | None = None, **model_kwargs: Any
+) -> "SparseAttention":
     """Load a model, saying what is done meanwhile."""
     with console.status("starting") as status:
         from sparse_attention_decoder.decoder import SparseAttention
 
-        return SparseAttention.from_pretrained(model, config, on_stage=status.update, **model_kwargs)
+        return SparseAttention.from_pretrained(
+            model, config, weights=weights and weights.value, on_stage=status.update, **model_kwargs
+        )
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from sparse_attention_decoder import __version__
 from sparse_attention_decoder.errors import ModelLoadError
 from sparse_attention_decoder.kernels import Request
 from sparse_attention_decoder.kernels.cpu import isa
-from sparse_attention_decoder.models.loading import cache_directory, default_gguf
+from sparse_attention_decoder.models.kept import cache_directory
+from sparse_attention_decoder.models.loading import default_gguf
 from sparse_attention_decoder.tables import BACKENDS, load
 
 

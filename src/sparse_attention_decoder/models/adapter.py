@@ -4,6 +4,7 @@ import inspect
 import logging
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,6 +20,7 @@ from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import NonFiniteError, UnsupportedError
 from sparse_attention_decoder.models import compiled, families
 from sparse_attention_decoder.models.cache import LAYER_TAG, STOCK_TAG, SparseCache, SparseLayer
+from sparse_attention_decoder.models.packed import named_scales
 from sparse_attention_decoder.models.static import StaticSparseCache, StaticSparseLayer
 from sparse_attention_decoder.models.step import STEP_TAG, TracedCache, attend_traced
 from sparse_attention_decoder.prefill import attend_chunk, takes_chunk
@@ -265,7 +267,8 @@ def _asks_for_weights(model: nn.Module, given: dict[str, Any]) -> bool:
 
 
 def _require_finite_weights(model: nn.Module) -> None:
-    for name, weight in model.named_parameters():
+    # a packed weight that is damaged has its damage in the scales
+    for name, weight in chain(model.named_parameters(), named_scales(model)):
         if not weight.is_floating_point() or weight.is_meta:
             continue
         # a sum carries any NaN or infinity out in one cheap pass; large numbers can overflow it, so ask again

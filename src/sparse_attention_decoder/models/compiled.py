@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import BackendError, CacheDirectoryError, UnsupportedError
 from sparse_attention_decoder.models.cache import SparseCache
-from sparse_attention_decoder.models.loading import cache_directory
+from sparse_attention_decoder.models.kept import cache_directory
 from sparse_attention_decoder.models.step import TracedStep, running_on
 
 logger = logging.getLogger(__name__)
