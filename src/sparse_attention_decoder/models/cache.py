@@ -27,8 +27,9 @@ class SparseLayer(DynamicLayer):
     """One full-attention layer: hands transformers plain views of keys and values.
 
     The views are the whole history, so any attention implementation works on this cache; ours
-    finds the layer through a tag on the key view. A packed layer unpacks it for several new tokens; for a single one
-    it hands out NaN in its shape: ours reads the packed cache itself, and what cannot do that shows at once.
+    finds the layer through a tag on the key view. A packed layer unpacks what is behind several new tokens, which come
+    as they are; for a single one it hands out NaN in its shape: ours reads the packed cache itself, its own token
+    included, and what cannot do that shows at once.
     """
 
     def __init__(self, config: AttentionConfig) -> None:
@@ -62,6 +63,9 @@ class SparseLayer(DynamicLayer):
             # the buffer keeps numbers, not graphs: under autograd the new tokens are handed on as they came
             keys = torch.cat([keys[:, :, :past], key_states], dim=2)
             values = torch.cat([values[:, :, :past], value_states], dim=2)
+        elif self.state.buffer.kv_dtype is not None and not self.hides:
+            # a prompt attends to its own newest tokens as they are: rounded, errors would add up from layer to layer
+            keys[:, :, past:], values[:, :, past:] = key_states, value_states
         for view in (keys, values):
             setattr(view, LAYER_TAG, self)
         return keys, values
