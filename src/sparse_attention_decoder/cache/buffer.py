@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from sparse_attention_decoder.cache.arena import room
-from sparse_attention_decoder.errors import ShapeError
+from sparse_attention_decoder.errors import ShapeError, UnsupportedError
 
 
 class KVBuffer:
@@ -11,10 +11,17 @@ class KVBuffer:
 
     Appending a token writes it in place; only growing copies, and grows by half, so a token is
     copied about twice in its life, however long the context gets.
+
+    limit: capacity beyond which it does not grow ahead of need; None for none.
+    evicted: tokens that each row and head held once and no longer does.
     """
 
     def __init__(self) -> None:
         self.length = 0
+        self.limit: int | None = None
+        self.evicted = 0
+        # what was held when tokens were last evicted: those heads hold different ones
+        self._settled = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
@@ -27,6 +34,16 @@ class KVBuffer:
     def capacity(self) -> int:
         """Tokens that fit before the next growth."""
         return 0 if self._keys is None else self._keys.shape[2]
+
+    @property
+    def seen(self) -> int:
+        """Tokens ever appended and not truncated: those held and those evicted."""
+        return self.length + self.evicted
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, room for tokens to come included."""
+        return sum(held.nbytes for held in (self._keys, self._values) if held is not None)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -53,13 +70,13 @@ class KVBuffer:
         keys, values = keys.detach(), values.detach()
         self._check_pair(keys, values)
         if self._keys is None or self._values is None:
-            tokens = keys.shape[2] + keys.shape[2] // 2
+            tokens = self._room(keys.shape[2], keys.shape[2] // 2)
             self._keys, self._values = _allocate(keys, tokens), _allocate(values, tokens)
         self._check_fits("keys", keys, self._keys)
         self._check_fits("values", values, self._values)
         needed = self.length + keys.shape[2]
         if needed > self.capacity:
-            self._grow(max(needed, self.capacity + self.capacity // 2))
+            self._grow(max(needed, self._room(self.capacity, self.capacity // 2)))
         self._keys[:, :, self.length : needed] = keys
         self._values[:, :, self.length : needed] = values
         self.length = needed
@@ -69,10 +86,28 @@ class KVBuffer:
 
         Raises:
             ShapeError: length is negative or beyond what is held.
+            UnsupportedError: tokens have been evicted since there were that few.
         """
         if not 0 <= length <= self.length:
             raise ShapeError(f"cannot truncate to {length} tokens; the cache holds {self.length}")
+        if length < self._settled:
+            raise UnsupportedError(
+                f"cannot go back by {self.length - length} tokens: {self.evicted} were evicted to stay below the cap, the "
+                f"last of them {self.length - self._settled} tokens ago; raise max_cache_tokens or max_cache_bytes"
+            )
         self.length = length
+
+    def take_tokens(self, keep: Tensor, capacity: int) -> None:
+        """Hold only the tokens at `keep` [B, Hkv, N] int64, ascending, and have room for `capacity` of them.
+
+        Works in place where the capacity stays, else one stored tensor at a time.
+        """
+        keys, values = self._storage()
+        self._keys = _compact(keys, keep, capacity)
+        del keys
+        self._values = _compact(values, keep, capacity)
+        self.evicted += self.length - keep.shape[2]
+        self.length = self._settled = keep.shape[2]
 
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` [B'] int64 held: reorder, repeat or select rows."""
@@ -88,8 +123,11 @@ class KVBuffer:
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
-        self.length = 0
+        self.length = self.evicted = self._settled = 0
         self._keys = self._values = None
+
+    def _room(self, tokens: int, more: int) -> int:
+        return tokens + more if self.limit is None else max(tokens, min(tokens + more, self.limit))
 
     def _storage(self) -> tuple[Tensor, Tensor]:
         if self._keys is None or self._values is None:
@@ -123,3 +161,12 @@ class KVBuffer:
 def _allocate(like: Tensor, tokens: int) -> Tensor:
     batch, heads, _, dim = like.shape
     return room((batch, heads, tokens, dim), like.dtype, like.device)
+
+
+def _compact(held: Tensor, keep: Tensor, capacity: int) -> Tensor:
+    target = held if capacity == held.shape[2] else _allocate(held, capacity)
+    # head by head: what is picked is a copy, and need not be one of the whole layer
+    for row, own in enumerate(keep):
+        for head, tokens in enumerate(own):
+            target[row, head, : len(tokens)] = held[row, head].index_select(0, tokens)
+    return target

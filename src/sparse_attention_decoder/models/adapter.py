@@ -149,9 +149,12 @@ def sparse_attention_forward(
             seen = _rows(query.shape[0], key.shape[2], attention_mask)
             if seen is not None:
                 layer.state.see(query, seen, scale)
+        if layer is not None and layer.state.cap is not None:
+            layer.fit(query, _countable(query, key, attention_mask), scale)
         return output
     decoded = decode_step(query[:, :, 0], layer.state, rows, scale)
     layer.last = (query[:, :, 0].detach(), rows, scale, decoded)
+    layer.fit(query, rows, scale)
     return decoded.output.unsqueeze(1), None
 
 
@@ -186,6 +189,13 @@ def _rows(batch: int, length: int, mask: Tensor | None) -> Rows | None:
         return None
     rows = Rows.from_mask(mask[:, 0, -1].expand(batch, -1))
     setattr(mask, ROWS_TAG, rows)
+    return rows
+
+
+def _countable(query: Tensor, key: Tensor, mask: Tensor | None) -> Rows:
+    rows = _rows(query.shape[0], key.shape[2], mask)
+    if rows is None:
+        raise UnsupportedError("a capped cache has to know what a mask hides; pass a 2-D padding mask, or use no cap")
     return rows
 
 
