@@ -191,21 +191,27 @@ class Cap:
                 "the cache is full at %d tokens per layer and KV head: from here on tokens are evicted, and what was "
                 "evicted cannot be retrieved; raise max_cache_tokens or max_cache_bytes to hold more", self._most
             )  # fmt: skip
-        scores = self.scores(buffer, rows, scaling)
-        config = self._config
-        scores[..., : config.sink_tokens] = torch.inf
-        scores[..., buffer.length - config.attention_window :] = torch.inf
         count = self._most - max(1, self._most // 8)
-        # of equal ones the first in the text stay
-        keep = scores.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
-        buffer.take_tokens(keep, self._most)
+        buffer.take_tokens(self.kept(self.scores(buffer, rows, scaling), count), self._most)
+
+    def kept(self, scores: Tensor, count: int) -> Tensor:
+        """[B, Hkv, count] int64, ascending: sinks, window and the best of scores [B, Hkv, T], of equal ones the first."""
+        near = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        near[: self._config.sink_tokens] = True
+        near[-self._config.attention_window :] = True
+        order = scores.masked_fill(near, torch.inf).argsort(dim=-1, descending=True, stable=True)
+        return order[..., :count].sort(-1).values
 
     def scores(self, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
         """[B, Hkv, T], the attention that the newest queries pay to what is held, mean over the query heads."""
-        queries = self._newest
-        assert queries is not None
-        positions = torch.arange(buffer.length - queries.shape[2], buffer.length, device=queries.device)
-        positions = positions.expand(queries.shape[0], -1)
-        seen = Observation(queries, positions, torch.ones_like(positions, dtype=torch.bool), rows, scaling)
-        keys = buffer.keys
-        return seen.attention(keys).unflatten(1, (keys.shape[1], -1)).mean(2)
+        assert self._newest is not None
+        return attention_of(self._newest, buffer, rows, scaling)
+
+
+def attention_of(queries: Tensor, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
+    """[B, Hkv, T], what queries [B, Hq, N, D] of the newest N tokens pay to those held, summed; mean over query heads."""
+    positions = torch.arange(buffer.length - queries.shape[2], buffer.length, device=queries.device)
+    positions = positions.expand(queries.shape[0], -1)
+    seen = Observation(queries, positions, torch.ones_like(positions, dtype=torch.bool), rows, scaling)
+    keys = buffer.keys
+    return seen.attention(keys).unflatten(1, (keys.shape[1], -1)).mean(2)
