@@ -38,6 +38,7 @@ class Single(Cap):
     """TOVA (arXiv:2401.06104): the newest query alone."""
 
     def scores(self, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
+        """See `Cap`."""
         assert self._newest is not None
         return attention_of(self._newest[:, :, -1:], buffer, rows, scaling)
 
@@ -46,6 +47,7 @@ class Pooled(Cap):
     """SnapKV (arXiv:2404.14469): a token shares the best score of its neighbours."""
 
     def scores(self, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
+        """See `Cap`."""
         return torch.nn.functional.max_pool1d(super().scores(buffer, rows, scaling), POOL, 1, POOL // 2)
 
 
@@ -53,16 +55,18 @@ class Oldest(Cap):
     """StreamingLLM (arXiv:2309.17453): by age."""
 
     def scores(self, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
+        """See `Cap`."""
         keys = buffer.keys
         return torch.arange(keys.shape[2], dtype=torch.float32).expand(keys.shape[:3])
 
 
 class Accumulated(Cap):
-    """H2O (arXiv:2306.14048): what all queries since a token came have paid to it; exact, where a sketch would estimate."""
+    """H2O (arXiv:2306.14048): what all queries since paid to a token; exact, where a sketch would estimate."""
 
     sums: Tensor | None = None
 
     def fit(self, buffer: KVBuffer, queries: Tensor, rows: Rows, scaling: float) -> bool:
+        """See `Cap`."""
         paid = attention_of(queries, buffer, rows, scaling)
         if self.sums is not None:
             paid[..., : self.sums.shape[-1]] += self.sums
@@ -70,10 +74,12 @@ class Accumulated(Cap):
         return super().fit(buffer, queries, rows, scaling)
 
     def scores(self, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
+        """See `Cap`."""
         assert self.sums is not None
         return self.sums
 
     def kept(self, scores: Tensor, count: int) -> Tensor:
+        """See `Cap`."""
         keep = super().kept(scores, count)
         assert self.sums is not None
         self.sums = self.sums.gather(-1, keep)
@@ -86,12 +92,14 @@ class Remembered(Cap):
     earlier: Tensor | None = None
 
     def scores(self, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
+        """See `Cap`."""
         found = super().scores(buffer, rows, scaling)
         if self.earlier is not None:
             found[..., : self.earlier.shape[-1]] += self.earlier / 2
         return found
 
     def kept(self, scores: Tensor, count: int) -> Tensor:
+        """See `Cap`."""
         keep = super().kept(scores, count)
         self.earlier = scores.gather(-1, keep)
         return keep
@@ -136,7 +144,7 @@ def compared(dense: Tensor, capped: Tensor, ids: Tensor, context: int) -> dict[s
 
 
 def hidden(decoder: SparseAttention, ids: Tensor, context: int, samples: int) -> Iterator[tuple[Tensor, int]]:
-    """Ids [1, T] of contexts with a number hidden at some depth, then the question and the number; where that starts."""
+    """Ids [1, T] of contexts with a number hidden at some depth, the question and the number; where that starts."""
     tokenizer, rng = decoder.require_tokenizer(), Random(0)
     for sample in range(samples):
         number = str(rng.randrange(1_000_000, 10_000_000))
@@ -144,7 +152,7 @@ def hidden(decoder: SparseAttention, ids: Tensor, context: int, samples: int) ->
             tokenizer(text, return_tensors="pt").input_ids
             for text in (
                 f" One of the special magic numbers for harbor is: {number}. ",
-                "\nWhat is the special magic number for harbor mentioned in the text? The special magic number for harbor is:",
+                "\nWhat is the special magic number for harbor in the text? The special magic number for harbor is:",
             )
         )
         answer = tokenizer(f" {number}", return_tensors="pt").input_ids

@@ -34,7 +34,8 @@ class AttentionConfig:
             the backend's sparse step was measured to be the faster one (benchmarks/crossover.py);
             0 never forces dense. Policies that evict have nothing left to read densely, and ignore it.
         max_cache_tokens: tokens held per layer and KV head at most. What is beyond is evicted, an eighth at a
-            time: the tokens that the newest queries attend to least, never sinks or window. Policies sketch, dense, window.
+            time: the tokens that the newest queries attend to least, never sinks or window. For policies sketch,
+            dense and window.
         max_cache_bytes: bytes that keys, values and sketch of all layers and rows may take together. Precision
             goes first, to int8 and then to int4; what is beyond even so is evicted.
     Raises:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, InputError
-from sparse_attention_decoder.models.adapter import enable
+from sparse_attention_decoder.models.adapter import PREFILL_CHUNK, enable
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.ids import check_ids
 from sparse_attention_decoder.models.loading import load
@@ -20,7 +20,6 @@ from sparse_attention_decoder.models.stopping import StopWhen
 from sparse_attention_decoder.trace import Trace, trace_layer
 
 DEFAULT_NEW_TOKENS = 256
-PREFILL_CHUNK = 1024
 CAPACITY_STEP = 4096
 
 Progress = Callable[[int, int], None]
@@ -276,7 +275,9 @@ class SparseAttention(nn.Module):
                     kwargs["past_key_values"] = self._read_into_static(ids, None, kwargs["max_new_tokens"], progress)
                 elif on_prefill is not None and ids.shape[1] > 2:
                     # two tokens are left to generate: one alone would be a decode step, and read sparsely
-                    kwargs["past_key_values"] = self.prefill(ids[:, :-2], report)
+                    cache = kwargs.setdefault("past_key_values", SparseCache(self.model.config, self.config))
+                    if cache.get_seq_length() == 0:
+                        self._read(ids[:, :-2], cache, report)
                 self.generate(ids, streamer=streamer, stopping_criteria=criteria, **kwargs)
             finally:
                 # without this a failed generate would leave the reader waiting for ever

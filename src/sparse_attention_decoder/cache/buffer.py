@@ -92,8 +92,8 @@ class KVBuffer:
             raise ShapeError(f"cannot truncate to {length} tokens; the cache holds {self.length}")
         if length < self._settled:
             raise UnsupportedError(
-                f"cannot go back by {self.length - length} tokens: {self.evicted} were evicted to stay below the cap, the "
-                f"last of them {self.length - self._settled} tokens ago; raise max_cache_tokens or max_cache_bytes"
+                f"cannot go back by {self.length - length} tokens: {self.evicted} were evicted to stay below the cap, "
+                f"the last of them {self.length - self._settled} tokens ago; raise max_cache_tokens or max_cache_bytes"
             )
         self.length = length
 

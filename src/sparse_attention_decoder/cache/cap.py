@@ -96,8 +96,8 @@ class Cap:
             self._limit(buffer)
         if buffer.length >= self._most:
             raise UnsupportedError(
-                f"{buffer.length} tokens are held and the cap is {self._most}, but nothing was attended to through this "
-                "package since it was reached; enable() the model, or use no cap"
+                f"{buffer.length} tokens are held and the cap is {self._most}, but what was attended to did not come "
+                "through this package, which would have made room; enable() the model, or use no cap"
             )
 
     def fit(self, buffer: KVBuffer, queries: Tensor, rows: Rows, scaling: float) -> bool:
@@ -108,8 +108,8 @@ class Cap:
         """
         if rows.valid is not None and (buffer.evicted or buffer.length >= self._most):
             raise UnsupportedError(
-                f"rows of {min(rows.counts)} to {max(rows.counts)} real tokens in a batch that has reached its cap of "
-                f"{self._most}: padding cannot be evicted evenly; decode prompts of one length together, or one at a time"
+                f"rows of {min(rows.counts)} to {max(rows.counts)} real tokens in a batch at its cap of {self._most}: "
+                "with padding no same number of tokens can go from each; decode prompts of one length, or one at a time"
             )
         if buffer.length + OBSERVED >= self._most:
             self._see(queries)
@@ -170,8 +170,8 @@ class Cap:
         if tokens < config.least_cache_tokens:
             least = -(-config.least_cache_tokens // BLOCK) * BLOCK
             raise ConfigError(
-                f"max_cache_bytes is {bytes_held}, {max(0, tokens)} tokens for each of {layers} layers, {sizes.rows} rows "
-                f"and {sizes.heads} KV heads; sinks, window and top_k need {least}, which take "
+                f"max_cache_bytes is {bytes_held}, which is {max(0, tokens)} tokens for {layers} layers, {sizes.rows} "
+                f"rows and {sizes.heads} KV heads; sinks, window and top_k need {least}, which take "
                 f"{(least * token + fixed) * heads * layers} bytes"
             )
         return tokens
@@ -195,10 +195,11 @@ class Cap:
         buffer.take_tokens(self.kept(self.scores(buffer, rows, scaling), count), self._most)
 
     def kept(self, scores: Tensor, count: int) -> Tensor:
-        """[B, Hkv, count] int64, ascending: sinks, window and the best of scores [B, Hkv, T], of equal ones the first."""
+        """Positions [B, Hkv, count], ascending, of sinks, window and the best of scores [B, Hkv, T]."""
         near = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
         near[: self._config.sink_tokens] = True
         near[-self._config.attention_window :] = True
+        # of equal ones the first in the text
         order = scores.masked_fill(near, torch.inf).argsort(dim=-1, descending=True, stable=True)
         return order[..., :count].sort(-1).values
 
@@ -209,9 +210,10 @@ class Cap:
 
 
 def attention_of(queries: Tensor, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
-    """[B, Hkv, T], what queries [B, Hq, N, D] of the newest N tokens pay to those held, summed; mean over query heads."""
+    """[B, Hkv, T], what queries [B, Hq, N, D] of the newest N tokens pay to each, summed; mean over query heads."""
     positions = torch.arange(buffer.length - queries.shape[2], buffer.length, device=queries.device)
     positions = positions.expand(queries.shape[0], -1)
     seen = Observation(queries, positions, torch.ones_like(positions, dtype=torch.bool), rows, scaling)
     keys = buffer.keys
-    return seen.attention(keys).unflatten(1, (keys.shape[1], -1)).mean(2)
+    paid: Tensor = seen.attention(keys).unflatten(1, (keys.shape[1], -1)).mean(2)
+    return paid

@@ -25,6 +25,8 @@ from sparse_attention_decoder.selection import Rows
 logger = logging.getLogger(__name__)
 
 NAME = "sparse_attention_decoder"
+# tokens of a prompt read at once where memory is bounded
+PREFILL_CHUNK = 1024
 ROWS_TAG = "_sparse_rows"
 _STATE = "_sparse_attention_decoder"
 _PREPARE = "_prepare_cache_for_generation"
@@ -82,11 +84,22 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
             model_kwargs["past_key_values"] = SparseCache(model.config, config)
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
+            if generation_config.prefill_chunk_size is None and model_kwargs.get("attention_mask") is not None:
+                generation_config.prefill_chunk_size = _chunk(config, model_kwargs["attention_mask"].shape[1])
             return None
         return original(generation_config, model_kwargs, *args, **kwargs)
 
     setattr(model, _PREPARE, prepare)
     return model
+
+
+def _chunk(config: AttentionConfig, tokens: int) -> int | None:
+    """Tokens of a prompt to read at a time, so that no more than these are held beside the cap; None for all."""
+    most = PREFILL_CHUNK if config.max_cache_tokens is None else max(PREFILL_CHUNK, config.max_cache_tokens)
+    if not config.is_capped or tokens <= most:
+        return None
+    # a last chunk of one token would be a decode step, and read sparsely
+    return PREFILL_CHUNK + int(tokens % PREFILL_CHUNK == 1)
 
 
 def disable(model: Model) -> Model:

@@ -72,8 +72,6 @@ class SparseLayer(DynamicLayer):
     def fit(self, queries: Tensor, rows: Rows, scaling: float) -> None:
         """Queries [B, Hq, N, D] of the newest N tokens were attended: make room if a cap is reached."""
         if self.state.fit(queries, rows, scaling):
-            # its positions are those of tokens that have moved
-            self.last = None
             self._refresh()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -185,7 +183,8 @@ class SparseCache(DynamicCache):
         other.config = config
         other._account = Account(len(self.sparse_layers))
         other.layers = [
-            layer.reconfigured(config, other._account) if isinstance(layer, SparseLayer) else layer for layer in self.layers
+            layer.reconfigured(config, other._account) if isinstance(layer, SparseLayer) else layer
+            for layer in self.layers
         ]
         return other
 

@@ -124,7 +124,7 @@ class StaticSparseCache(StaticCache):
     def __init__(self, model_config: PreTrainedConfig, config: AttentionConfig, capacity: int) -> None:
         if config.is_capped:
             raise ConfigError(
-                f"max_cache_tokens and max_cache_bytes do not work with a static cache, which never moves what it holds; "
+                "max_cache_tokens and max_cache_bytes do not work with a static cache, which moves nothing it holds; "
                 f"its capacity of {capacity} tokens is its cap. Use SparseCache, or no compile=True"
             )
         super().__init__(config=model_config, max_cache_len=capacity)
