@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, InputError
-from sparse_attention_decoder.models.adapter import PREFILL_CHUNK, enable
+from sparse_attention_decoder.models.adapter import PREFILL_CHUNK, chunking, enable
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.ids import check_ids
 from sparse_attention_decoder.models.loading import load
@@ -108,6 +108,7 @@ class SparseAttention(nn.Module):
         wanted = kwargs.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
         if input_ids is not None:
             self.check_ids(input_ids, 0, wanted)
+            kwargs = {**chunking(self.config, input_ids.shape[1]), **kwargs}
         if compile:
             if input_ids is None or not wanted or kwargs.get("past_key_values") is not None:
                 raise ConfigError("compile=True needs input_ids and max_new_tokens, and makes the cache itself")

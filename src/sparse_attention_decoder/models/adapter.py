@@ -84,8 +84,6 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
             model_kwargs["past_key_values"] = SparseCache(model.config, config)
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
-            if generation_config.prefill_chunk_size is None and model_kwargs.get("attention_mask") is not None:
-                generation_config.prefill_chunk_size = _chunk(config, model_kwargs["attention_mask"].shape[1])
             return None
         return original(generation_config, model_kwargs, *args, **kwargs)
 
@@ -93,13 +91,13 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
     return model
 
 
-def _chunk(config: AttentionConfig, tokens: int) -> int | None:
-    """Tokens of a prompt to read at a time, so that no more than these are held beside the cap; None for all."""
+def chunking(config: AttentionConfig, tokens: int) -> dict[str, int]:
+    """What to tell `generate` so that a prompt of so many tokens does not pass the cap by more than a chunk."""
     most = PREFILL_CHUNK if config.max_cache_tokens is None else max(PREFILL_CHUNK, config.max_cache_tokens)
     if not config.is_capped or tokens <= most:
-        return None
+        return {}
     # a last chunk of one token would be a decode step, and read sparsely
-    return PREFILL_CHUNK + int(tokens % PREFILL_CHUNK == 1)
+    return {"prefill_chunk_size": PREFILL_CHUNK + int(tokens % PREFILL_CHUNK == 1)}
 
 
 def disable(model: Model) -> Model:
