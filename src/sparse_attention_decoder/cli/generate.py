@@ -95,16 +95,14 @@ def generate(
         top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=_below(dense_below),
         max_cache_tokens=max_cache_tokens, max_cache_bytes=_bytes(max_cache_bytes),
     )  # fmt: skip
-    decoder = load_model(model, config)
+    decoder, chat = load_model(model, config), False if raw else None
     if compare:
-        _show(_compare(decoder, text, False if raw else None, max_new_tokens))
+        _show(_compare(decoder, text, chat, max_new_tokens))
         return
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     cache = _cache(decoder)
     with progress_bar("reading the prompt", "tokens") as on_prefill:
-        pieces = decoder.stream(
-            text, max_new_tokens, False if raw else None, on_prefill, past_key_values=cache, **sampling
-        )
+        pieces = decoder.stream(text, max_new_tokens, chat, on_prefill, past_key_values=cache, **sampling)
         first = next(pieces, "")
     print(first, end="", flush=True)
     for piece in pieces:
