@@ -27,11 +27,14 @@ from sparse_attention_decoder.cache.cap import Cap, attention_of
 from sparse_attention_decoder.measure.texts import about, passages, texts
 from sparse_attention_decoder.selection import Rows
 
-POOL = 7
 
+class Unpooled(Cap):
+    """The newest 32 queries, each token by itself."""
 
-class Newest(Cap):
-    """As shipped."""
+    def scores(self, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
+        """See `Cap`."""
+        assert self._newest is not None
+        return attention_of(self._newest, buffer, rows, scaling)
 
 
 class Single(Cap):
@@ -41,14 +44,6 @@ class Single(Cap):
         """See `Cap`."""
         assert self._newest is not None
         return attention_of(self._newest[:, :, -1:], buffer, rows, scaling)
-
-
-class Pooled(Cap):
-    """SnapKV (arXiv:2404.14469): a token shares the best score of its neighbours."""
-
-    def scores(self, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
-        """See `Cap`."""
-        return torch.nn.functional.max_pool1d(super().scores(buffer, rows, scaling), POOL, 1, POOL // 2)
 
 
 class Oldest(Cap):
@@ -65,13 +60,13 @@ class Accumulated(Cap):
 
     sums: Tensor | None = None
 
-    def fit(self, buffer: KVBuffer, queries: Tensor, rows: Rows, scaling: float) -> bool:
+    def see(self, buffer: KVBuffer, queries: Tensor, rows: Rows, scaling: float) -> None:
         """See `Cap`."""
         paid = attention_of(queries, buffer, rows, scaling)
         if self.sums is not None:
             paid[..., : self.sums.shape[-1]] += self.sums
         self.sums = paid
-        return super().fit(buffer, queries, rows, scaling)
+        super().see(buffer, queries, rows, scaling)
 
     def scores(self, buffer: KVBuffer, rows: Rows, scaling: float) -> Tensor:
         """See `Cap`."""
@@ -86,7 +81,7 @@ class Accumulated(Cap):
         return keep
 
 
-class Remembered(Cap):
+class Remembered(Unpooled):
     """The newest queries, and half of what was seen of the tokens still held at the eviction before."""
 
     earlier: Tensor | None = None
@@ -106,9 +101,9 @@ class Remembered(Cap):
 
 
 RULES: dict[str, type[Cap]] = {
-    "newest 32 queries": Newest,
+    "newest 32, pooled": Cap,
+    "newest 32 queries": Unpooled,
     "newest query": Single,
-    "newest 32, pooled": Pooled,
     "oldest first": Oldest,
     "accumulated": Accumulated,
     "newest 32, remembered": Remembered,

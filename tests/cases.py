@@ -94,7 +94,7 @@ def layer_with(keys: Tensor, values: Tensor, rows: Rows | None = None, **setting
 
 def show_prompt(layer: LayerState, rows: Rows | None = None) -> None:
     """Let the layer see queries of all it holds; a token's query is made of its key, whatever row or batch it is in."""
-    keys = layer.buffer.keys
+    keys = layer.buffer.plain_keys
     layer.see(keys.flip(-1), rows or Rows.full(keys.shape[0], keys.shape[2]), 0.25)
 
 

@@ -15,9 +15,11 @@ from transformers import DynamicCache
 
 from sparse_attention_decoder import AttentionConfig, SparseAttention, SparseCache, StaticSparseCache, disable, enable
 from sparse_attention_decoder.attention import LayerState, decode_step
+from sparse_attention_decoder.cache.cap import POOL
 from sparse_attention_decoder.cache.witness import OBSERVED
 from sparse_attention_decoder.config import CAPPED
 from sparse_attention_decoder.errors import ConfigError, UnsupportedError
+from sparse_attention_decoder.kernels import Packed
 from sparse_attention_decoder.models.adapter import PREFILL_CHUNK, chunking
 from sparse_attention_decoder.selection import Rows
 from sparse_attention_decoder.tables import POLICIES
@@ -27,6 +29,7 @@ SCALING, SINKS, WINDOW, TOP_K, HEADS, DIM = 0.25, 2, 6, 5, 2, 8
 SMALL = {"sink_tokens": SINKS, "attention_window": WINDOW, "top_k": TOP_K, "threshold": None, "dense_below": 0}
 CAP = 24
 LIMITS = {"tokens": {"max_cache_tokens": CAP}, "bytes": {"max_cache_bytes": 6000}}
+LADDER = ["float32", "int8", "int4"]
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -38,6 +41,15 @@ class Run:
         self.layer = LayerState(AttentionConfig(**{**SMALL, **settings}))
         self.batch, self.dtype, self.seen, self.seed = batch, dtype, 0, seed
         self.queries: list[Tensor] = []
+        # numbers of the tokens held [B, Hkv, T], by what the buffer is told to keep
+        self.held = torch.zeros(batch, HEADS, 0, dtype=torch.int64)
+        take = self.layer.buffer.take_tokens
+
+        def take_tokens(keep: Tensor, capacity: int) -> None:
+            self.held = self.held.gather(-1, keep)
+            take(keep, capacity)
+
+        self.layer.buffer.take_tokens = take_tokens
 
     def feed(self, count: int) -> Tensor | None:
         """So many tokens at once; the output of a decode step if it is one."""
@@ -48,6 +60,7 @@ class Run:
         query, keys, values = 2 * tokens[:, :4], tokens[:, 4:6], tokens[:, 6:].clone()
         values[..., 0] = torch.arange(start, start + count)
         layer.append(keys, values)
+        self.held = torch.cat([self.held, values[..., 0].long()], -1)
         self.seen += count
         self.queries.append(query)
         rows, output = Rows.full(self.batch, layer.buffer.length), None
@@ -56,15 +69,12 @@ class Run:
         layer.fit(query, rows, SCALING)
         return output
 
-    @property
-    def held(self) -> Tensor:
-        """[B, Hkv, T], numbers of the tokens held."""
-        return self.layer.buffer.values[..., 0].long()
-
 
 def assert_sound(run: Run) -> None:
     """What always holds between steps."""
-    layer, held = run.layer, run.held
+    layer, held, values = run.layer, run.held, run.layer.buffer.values
+    assert held.shape == values.shape[:3]
+    assert isinstance(values, Packed) or torch.equal(values[..., 0].long(), held)
     assert layer.buffer.seen == run.seen == layer.buffer.length + layer.buffer.evicted
     assert (held.diff() > 0).all()
     near = [*range(min(SINKS, run.seen)), *range(max(0, run.seen - WINDOW), run.seen)]
@@ -87,6 +97,24 @@ def test_memory_is_constant_over_thousands_of_steps(policy: str, limit: str) -> 
             assert_sound(run)
     assert account.most <= most
     assert run.layer.buffer.evicted > 2400
+    assert run.layer.buffer.kept_as == ("int4" if limit == "bytes" else "float32")
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(5000, 20_000), st.integers(1, 3))
+def test_precision_goes_before_tokens(chunks: list[int], limit: int, batch: int) -> None:
+    run = Run(batch, max_cache_bytes=limit * batch)
+    demoted, kept_as = 0, "float32"
+    for size in [*chunks, *[1] * 100]:
+        held = run.layer.buffer.length + size
+        run.feed(size)
+        buffer = run.layer.buffer
+        assert_sound(run)
+        assert run.layer.nbytes <= limit * batch
+        assert buffer.kept_as == "int4" or not buffer.evicted
+        if buffer.kept_as != kept_as:
+            assert LADDER.index(buffer.kept_as) > LADDER.index(kept_as)
+            demoted, kept_as = demoted + held, buffer.kept_as
+        assert buffer.demoted == demoted
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.sampled_from(CAPPED), st.integers(0, 9))
@@ -114,6 +142,7 @@ def test_each_head_keeps_what_the_newest_queries_attend_to_most() -> None:
             for at in newest:
                 for query in run.queries[at][row, 2 * head : 2 * head + 2, 0]:
                     paid[: at + 1] += (SCALING * keys[row, head, : at + 1] @ query).softmax(-1)
+            paid = torch.stack([paid[max(0, at - POOL // 2) : at + POOL // 2 + 1].max() for at in range(CAP)])
             middle = sorted(range(SINKS, CAP - WINDOW), key=lambda token, paid=paid: -float(paid[token]))
             best = middle[: CAP - CAP // 8 - SINKS - WINDOW]
             assert run.held[row, head].tolist() == sorted([*range(SINKS), *best, *range(CAP - WINDOW, CAP)])
@@ -153,8 +182,7 @@ def test_rows_do_not_influence_each_other_and_may_change_places() -> None:
     for _ in range(30):
         run.feed(1)
     run.layer.take_rows(torch.tensor([2, 0, 2]))
-    before = run.held.clone()
-    assert torch.equal(before[0], before[2])
+    run.held = run.held[[2, 0, 2]]
     for _ in range(30):
         run.feed(1)
     assert_sound(run)
@@ -168,6 +196,7 @@ def test_going_back_is_possible_as_far_as_nothing_was_evicted() -> None:
         run.feed(1)
     left = CAP - CAP // 8
     run.layer.truncate(left)
+    run.held = run.held[..., :left]
     assert run.layer.buffer.seen == CAP
     with pytest.raises(UnsupportedError, match="cannot go back by 1 tokens: 3 were evicted"):
         run.layer.truncate(left - 1)
@@ -257,6 +286,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bytes_are_those_of_all_layers_and_rows(model: tiny.PreTrainedModel) -> None:
     capped(model, max_cache_bytes=60_000)
     lengths = []
+    # all of it in int4
     for rows in (1, 2):
         cache = greedy(model, prompt(rows, 40), 200).past_key_values
         states = [layer.state for layer in cache.sparse_layers]
@@ -274,7 +304,8 @@ def test_reset_forgets_and_gives_back(model: tiny.PreTrainedModel) -> None:
         greedy(model, prompt(1, 60), 10, past_key_values=cache)
         assert cache.held.tokens_evicted > 0
         cache.reset()
-        assert vars(cache.held) == dict.fromkeys(vars(cache.held), 0)
+        held = vars(cache.held)
+        assert held == {**dict.fromkeys(held, 0), "kept_as": held["kept_as"]}
 
 
 def test_eviction_is_announced_once(model: tiny.PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError
-from sparse_attention_decoder.tables import BACKENDS, POLICIES
+from sparse_attention_decoder.tables import BACKENDS, KV_BITS, POLICIES
 
 FIELDS = [field.name for field in dataclasses.fields(AttentionConfig)]
 CONFIGS = st.builds(
@@ -19,6 +19,7 @@ CONFIGS = st.builds(
     policy=st.sampled_from(list(POLICIES)),
     backend=st.sampled_from(["auto", *BACKENDS]),
     dense_below=st.none() | st.integers(0),
+    kv_dtype=st.none() | st.sampled_from(list(KV_BITS)),
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -36,6 +37,7 @@ def test_the_defaults_are_the_documented_ones():
         policy="sketch",
         backend="auto",
         dense_below=None,
+        kv_dtype=None,
     )
 
 
@@ -109,6 +111,8 @@ BAD = [
     ("policy", None, "choose one of " + ", ".join(POLICIES)),
     ("policy", ["sketch"], "choose one of " + ", ".join(POLICIES)),
     ("backend", "cuda", "choose auto or one of " + ", ".join(BACKENDS)),
+    ("kv_dtype", "int2", "choose one of int8, int4, or None"),
+    ("kv_dtype", 8, "choose one of int8, int4, or None"),
     ("backend", {}, "choose auto or one of " + ", ".join(BACKENDS)),
 ]
 

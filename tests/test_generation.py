@@ -853,7 +853,7 @@ def test_the_memory_of_a_cache_is_freed_with_the_last_reference_to_it(policy, pa
     held = result.past_key_values
     layer = held.sparse_layers[0]
     watched = [held, layer, layer.state, layer.state.buffer, layer.state.index, layer.last[1], layer.last[3]]
-    references = [weakref.ref(thing) for thing in (*watched, layer.state.buffer._keys, layer.state.buffer._values)]
+    references = [weakref.ref(thing) for thing in (*watched, *layer.state.buffer._stored.values())]
     del result, held, layer, watched
     assert [reference() for reference in references] == [None] * len(references)
 

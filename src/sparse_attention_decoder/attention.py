@@ -44,7 +44,7 @@ class LayerState:
     def __init__(self, config: AttentionConfig, account: Account | None = None) -> None:
         self.config = config
         self.policy: type[Policy] = resolve_policy(config.policy)
-        self.buffer = KVBuffer()
+        self.buffer = KVBuffer(config.kv_dtype, config.backend)
         self.cap = Cap(config, account or Account(1)) if config.is_capped else None
         self._reads = Reads()
         self._notes: list[_Note] = []
@@ -67,23 +67,24 @@ class LayerState:
         if self.cap is not None:
             self.cap.note(self.buffer, self.index)
 
-    def fit(self, queries: Tensor, rows: Rows, scaling: float) -> bool:
-        """Queries [B, Hq, N, D] of the newest N tokens were attended: make room if the cap is reached.
-
-        Returns:
-            Whether tokens were evicted, so that those held have other positions now.
-        """
+    def fit(self, queries: Tensor, rows: Rows, scaling: float) -> None:
+        """Queries [B, Hq, N, D] of the newest N tokens were attended: make room if the cap is reached."""
         if self.cap is None:
-            return False
-        evicted = self.cap.fit(self.buffer, queries, rows, scaling)
-        if evicted:
+            return
+        self.cap.see(self.buffer, queries, rows, scaling)
+        demoted = self.cap.demotion(self.buffer)
+        if demoted is not None:
+            self.convert(demoted)
+            self.cap.limit(self.buffer)
+        keep = self.cap.eviction(self.buffer, rows, scaling)
+        if keep is not None:
+            self.buffer.take_tokens(keep, self.cap.most)
             # what is left is summed up anew when next needed
             if self.index is not None:
                 self.index.truncate(0)
             if self.witness is not None:
                 self.witness.reset()
         self.cap.note(self.buffer, self.index)
-        return evicted
 
     def see(self, queries: Tensor, rows: Rows, scaling: float) -> None:
         """Queries [B, Hq, N, D] of the newest N tokens were attended densely; tell the witness, if there is one."""
@@ -95,9 +96,8 @@ class LayerState:
         """The backend that serves this layer's dtype, device and head size."""
         if self._kernels is None:
             keys, values = self.buffer.keys, self.buffer.values
-            self._kernels = resolve(
-                self.config.backend, Request(keys.device, keys.dtype, keys.shape[-1], values.shape[-1])
-            )
+            request = Request(keys.device, keys.dtype, keys.shape[-1], values.shape[-1], self.buffer.kv_dtype)
+            self._kernels = resolve(self.config.backend, request)
         return self._kernels
 
     @property
@@ -125,10 +125,19 @@ class LayerState:
     def _add_up(self) -> None:
         near = self.config.sink_tokens + self.config.attention_window
         for note in self._notes:
-            keys, values = self.buffer.keys, self.buffer.values
-            token_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
-            self._reads.add(note.reads(keys.shape[1], token_bytes, near))
+            self._reads.add(note.reads(self.buffer, near))
         self._notes.clear()
+
+    def convert(self, kv_dtype: str) -> None:
+        """Keep keys and values in fewer bits from now on, see `KVBuffer.convert`.
+
+        An index that is a function of the keys is built anew when next needed, of the keys as they are now.
+        """
+        self._add_up()
+        self.buffer.convert(kv_dtype)
+        self._kernels = None
+        if not self.policy.evicts:
+            self.index = None
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens, in buffer, index and witness."""
@@ -153,6 +162,7 @@ class LayerState:
     def reset(self) -> None:
         """Forget everything."""
         self.buffer.reset()
+        self.buffer.kv_dtype = self.config.kv_dtype
         if self.cap is not None:
             self.cap.reset()
         if self.witness is not None:
@@ -182,7 +192,7 @@ def decode_step(query: Tensor, layer: LayerState, rows: Rows, scaling: float) ->
         rows: which cached tokens exist for each row.
         scaling: what logits are multiplied by, usually D ** -0.5.
     Returns:
-        Decoded; rows within the budget equal dense attention.
+        Decoded; rows within the budget equal dense attention over what is held.
     Raises:
         ShapeError: query and cache do not fit together.
         NonFiniteError: cached keys hold NaN or infinity.
@@ -210,8 +220,12 @@ def decode_step(query: Tensor, layer: LayerState, rows: Rows, scaling: float) ->
 
 
 def attend_densely(query: Tensor, layer: LayerState, rows: Rows, scaling: float) -> Tensor:
-    """Attention [B, Hq, Dv] of queries [B, Hq, D] over the whole cache; within the budget PyTorch's, bit for bit."""
-    kernels = REFERENCE if max(rows.counts) <= layer.config.budget_tokens else layer.kernels
+    """Attention [B, Hq, Dv] of queries [B, Hq, D] over the whole cache; within the budget PyTorch's, bit for bit.
+
+    A packed cache is read as it is, by the backend's kernel, however short.
+    """
+    exact = layer.buffer.kv_dtype is None and max(rows.counts) <= layer.config.budget_tokens
+    kernels = REFERENCE if exact else layer.kernels
     return kernels.attend_all(query, layer.buffer.keys, layer.buffer.values, rows.valid, scaling)
 
 
@@ -247,7 +261,8 @@ class _Note:
     missing: Tensor | None = None
     index_bytes: int = 0
 
-    def reads(self, heads: int, token_bytes: int, near: int) -> Reads:
+    def reads(self, buffer: KVBuffer, near: int) -> Reads:
+        heads = buffer.shape[1]
         chosen = [0] * len(self.dense) if self.chosen is None else self.chosen.sum(-1).tolist()
         tokens = 0
         for count, is_dense, own in zip(self.counts, self.dense, chosen, strict=True):
@@ -262,8 +277,8 @@ class _Note:
             sparse_steps=int(self.chosen is not None),
             tokens_read=tokens,
             tokens_cached=cached,
-            bytes_read=tokens * token_bytes,
+            bytes_read=tokens * buffer.token_bytes,
             index_bytes=self.index_bytes,
-            bytes_dense=cached * token_bytes,
+            bytes_dense=cached * buffer.plain_token_bytes,
             missing_mass=missing,
         )

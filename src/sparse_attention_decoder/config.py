@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 from sparse_attention_decoder.errors import ConfigError
-from sparse_attention_decoder.tables import BACKENDS, POLICIES
+from sparse_attention_decoder.tables import BACKENDS, KV_BITS, POLICIES
 
 # policies that read what a cap leaves; the others keep or evict by rules of their own
 CAPPED = ("sketch", "dense", "window")
@@ -33,6 +33,9 @@ class AttentionConfig:
         dense_below: contexts of fewer tokens than this are read whole. None is the context from which
             the backend's sparse step was measured to be the faster one (benchmarks/crossover.py);
             0 never forces dense. Policies that evict have nothing left to read densely, and ignore it.
+        kv_dtype: "int8" or "int4" keep each channel of keys and values in so many bits, with a scale a token:
+            about a quarter and an eighth of float32's memory. None keeps them as the model makes them. What it
+            costs in quality is in docs/experiments.md. Not for the backend triton.
         max_cache_tokens: tokens held per layer and KV head at most. What is beyond is evicted, an eighth at a
             time: the tokens that the newest queries attend to least, never sinks or window. For policies sketch,
             dense and window.
@@ -51,6 +54,7 @@ class AttentionConfig:
     policy: str = "sketch"
     backend: str = "auto"
     dense_below: int | None = None
+    kv_dtype: str | None = None
     max_cache_tokens: int | None = None
     max_cache_bytes: int | None = None
 
@@ -75,6 +79,10 @@ class AttentionConfig:
             raise ConfigError(f"policy is {self.policy!r}; choose one of {', '.join(POLICIES)}")
         if not isinstance(self.backend, str) or self.backend not in ("auto", *BACKENDS):
             raise ConfigError(f"backend is {self.backend!r}; choose auto or one of {', '.join(BACKENDS)}")
+        if self.kv_dtype is not None and (not isinstance(self.kv_dtype, str) or self.kv_dtype not in KV_BITS):
+            raise ConfigError(
+                f"kv_dtype is {self.kv_dtype!r}; choose one of {', '.join(KV_BITS)}, or None to keep them whole"
+            )
         self._check_caps()
 
     def _check_caps(self) -> None:
@@ -103,7 +111,7 @@ class AttentionConfig:
 
     @property
     def budget_tokens(self) -> int:
-        """Tokens read at least: a context no longer than this is attended densely, bit for bit."""
+        """Tokens read at least: a context no longer than this is attended densely, without kv_dtype bit for bit."""
         retrieved = self.top_k if self.policy not in ("window", "streaming") else 0
         return self.sink_tokens + self.attention_window + retrieved
 

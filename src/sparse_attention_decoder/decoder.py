@@ -100,8 +100,7 @@ class SparseAttention(nn.Module):
             compile: decode on a StaticSparseCache with room for prompt and max_new_tokens: on CUDA transformers then
                 compiles the whole step into one graph. One answer a prompt; the first tokens wait for the compiler.
         Raises:
-            InputError: empty, not integer, out of vocabulary.
-            ContextLengthError: prompt and max_new_tokens together exceed the model's context.
+            InputError: empty, not integer, out of vocabulary. ContextLengthError: too long with max_new_tokens.
             ConfigError: compile without ids or max_new_tokens, or with a cache. BackendError: compile without Triton.
         """
         settings = kwargs.get("generation_config")
@@ -132,8 +131,7 @@ class SparseAttention(nn.Module):
         Args:
             text: the prompt.
             max_new_tokens: 256, or what the context has room for, if left out.
-            chat: put the text into the chat template as the user's message; by default where the
-                tokenizer has one.
+            chat: put the text into the chat template as the user's message; None does where there is one.
             kwargs: for `generate`.
         Raises:
             InputError: empty prompt, or no tokenizer. ContextLengthError: too long.
@@ -175,6 +173,8 @@ class SparseAttention(nn.Module):
         """
         cache = SparseCache(self.model.config, self.config)
         cache.watch(watched)
+        # and for an answer of the usual length
+        cache.reserve(input_ids.shape[1] + DEFAULT_NEW_TOKENS)
         self._read(input_ids, cache, on_progress)
         return cache
 
@@ -278,6 +278,7 @@ class SparseAttention(nn.Module):
                     # two tokens are left to generate: one alone would be a decode step, and read sparsely
                     cache = kwargs.setdefault("past_key_values", SparseCache(self.model.config, self.config))
                     if cache.get_seq_length() == 0:
+                        cache.reserve(ids.shape[1] + kwargs["max_new_tokens"])
                         self._read(ids[:, :-2], cache, report)
                 self.generate(ids, streamer=streamer, stopping_criteria=criteria, **kwargs)
             finally:

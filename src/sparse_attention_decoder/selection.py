@@ -155,6 +155,8 @@ class Selection:
 class Reads:
     """What the decode steps of one layer read, added up. Bytes of keys, values and index.
 
+    bytes_read: as they are kept, packed or not; bytes_dense: what dense attention over a cache in the model's own
+        dtype would have read, so that `share_read` shows what packing saves too.
     steps: decode steps, sparse_steps of which chose tokens; the others read everything.
     tokens_read, tokens_cached: summed over steps, rows and KV heads.
     missing_mass: sum over sparse steps of the mean estimated missing mass.
@@ -185,12 +187,16 @@ class Held:
     """What a cache holds.
 
     tokens_seen, tokens_held, tokens_evicted: of each row, layer and KV head; the latter two add up to the first.
+    tokens_demoted: how often a token already held had to be kept in fewer bits, of each row, layer and KV head.
     bytes_now, bytes_most: of keys, values and sketch of all layers and rows, room for tokens to come included; now,
         and at most since the cache was empty (the chunk of a prompt that was just read included).
+    kept_as: what each layer keeps a channel in now, such as "float32" or "int8".
     """
 
     tokens_seen: int
     tokens_held: int
+    tokens_demoted: int
     tokens_evicted: int
     bytes_now: int
     bytes_most: int
+    kept_as: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The two tables of names. A row adds a policy or a kernel backend; nothing else has to change."""
+"""The tables of names. A row adds a policy or a kernel backend; nothing else has to change."""
 
 from importlib import import_module
 from typing import Any
@@ -23,6 +23,9 @@ BACKENDS = {
     "triton": f"{_HERE}.kernels.triton:TritonKernels",
     "reference": f"{_HERE}.kernels.reference:ReferenceKernels",
 }
+
+# kv_dtype -> bits in which a channel of keys and values is kept
+KV_BITS = {"int8": 8, "int4": 4}
 
 
 def load(row: str) -> Any:

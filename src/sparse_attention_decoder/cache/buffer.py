@@ -1,39 +1,58 @@
-"""Keys and values of one layer: preallocated, grown by half, read through views."""
+"""Keys and values of one layer: preallocated, grown by half, read through views; as they came or packed."""
 
+import torch
 from torch import Tensor
 
 from sparse_attention_decoder.cache.arena import room
-from sparse_attention_decoder.errors import ShapeError, UnsupportedError
+from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
+from sparse_attention_decoder.kernels import Kernels, Packed, Request, plain, resolve, stored_bytes
+from sparse_attention_decoder.tables import KV_BITS
+
+# tokens packed anew at a time, when a cache is converted
+_PIECE = 4096
 
 
 class KVBuffer:
     """Keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] of one layer.
 
     Appending a token writes it in place; only growing copies, and grows by half, so a token is
-    copied about twice in its life, however long the context gets.
+    copied about twice in its life, however long the context gets; not even that where `reserve` said how long.
 
     limit: capacity beyond which it does not grow ahead of need; None for none.
-    evicted: tokens that each row and head held once and no longer does.
+    evicted: tokens that each row and head held once and no longer does; demoted: those it had to keep in fewer bits.
+
+    Args:
+        kv_dtype: None keeps what comes; "int8" or "int4" pack it, see `kernels.packed`.
+        backend: whose kernels pack; all give the same codes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kv_dtype: str | None = None, backend: str = "auto") -> None:
+        self.kv_dtype = kv_dtype
+        self._backend = backend
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
         self.length = 0
         self.limit: int | None = None
-        self.evicted = 0
+        self.evicted = self.demoted = 0
         # what was held when tokens were last evicted: those heads hold different ones
         self._settled = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._reserved = 0
+        # keys and values, and where they are packed key_scales and value_scales; tokens are the third axis of each
+        self._stored: dict[str, Tensor] = {}
+        self._dtype = torch.float32
+        self._kernels: Kernels | None = None
 
     @property
     def is_allocated(self) -> bool:
         """Whether anything has been appended since the start or the last reset."""
-        return self._keys is not None
+        return bool(self._stored)
 
     @property
     def capacity(self) -> int:
         """Tokens that fit before the next growth."""
-        return 0 if self._keys is None else self._keys.shape[2]
+        return self._stored["keys"].shape[2] if self._stored else 0
 
     @property
     def seen(self) -> int:
@@ -41,45 +60,121 @@ class KVBuffer:
         return self.length + self.evicted
 
     @property
+    def kept_as(self) -> str:
+        """What a channel is kept in: int4, int8, or the name of the dtype that came."""
+        return self.kv_dtype or str(self._dtype).removeprefix("torch.")
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, room for tokens to come included."""
-        return sum(held.nbytes for held in (self._keys, self._values) if held is not None)
+        return sum(held.nbytes for held in self._stored.values())
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """B, Hkv, T, D of the keys held now."""
-        batch, heads, _, dim = self._storage()[0].shape
-        return batch, heads, self.length, dim
+        batch, heads, length, dim = self.keys.shape
+        return batch, heads, length, dim
 
     @property
-    def keys(self) -> Tensor:
-        """View [B, Hkv, T, D] of the keys held now; a later append may leave it behind."""
-        return self._storage()[0][:, :, : self.length]
+    def keys(self) -> Tensor | Packed:
+        """View [B, Hkv, T, D] of the keys held now, as kernels take it; a later append may leave it behind."""
+        return self._view("keys", 0, self.length)
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Tensor | Packed:
         """View [B, Hkv, T, Dv] of the values held now."""
-        return self._storage()[1][:, :, : self.length]
+        return self._view("values", 0, self.length)
+
+    @property
+    def plain_keys(self) -> Tensor:
+        """Keys [B, Hkv, T, D] in the dtype they came in: a view, or unpacked into a tensor of its own."""
+        return plain(self.keys)
+
+    @property
+    def plain_values(self) -> Tensor:
+        """Values [B, Hkv, T, Dv] in the dtype they came in: a view, or unpacked into a tensor of its own."""
+        return plain(self.values)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value in one head, as they are kept."""
+        return sum(stored_bytes(x.shape[-1], self.kv_dtype, self._dtype) for x in (self.keys, self.values))
+
+    @property
+    def plain_token_bytes(self) -> int:
+        """The same in the dtype they came in."""
+        return sum(stored_bytes(x.shape[-1], None, self._dtype) for x in (self.keys, self.values))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Views of all that is stored, by name: tokens are the third axis of each, T of them."""
+        return {name: held[:, :, : self.length] for name, held in self._stored.items()}
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] behind those held.
 
         Raises:
             ShapeError: other rows, heads, dims, dtype or device than those held.
+            BackendError: the backend does not pack such tensors.
         """
         keys, values = keys.detach(), values.detach()
         self._check_pair(keys, values)
-        if self._keys is None or self._values is None:
-            tokens = self._room(keys.shape[2], keys.shape[2] // 2)
-            self._keys, self._values = _allocate(keys, tokens), _allocate(values, tokens)
-        self._check_fits("keys", keys, self._keys)
-        self._check_fits("values", values, self._values)
-        needed = self.length + keys.shape[2]
+        count = keys.shape[2]
+        if not self._stored:
+            self._dtype = keys.dtype
+            if self.kv_dtype is not None:
+                self._kernels = self._resolve(self.kv_dtype, keys, values)
+            tokens = self._room(count, max(0, self._reserved - count) if self._reserved else count // 2)
+            for name, like in (("keys", keys), ("values", values)):
+                self._stored.update(_allocate(name, like, tokens, self.kv_dtype))
+        self._check_fits("keys", keys, self.keys)
+        self._check_fits("values", values, self.values)
+        needed = self.length + count
         if needed > self.capacity:
             self._grow(max(needed, self._room(self.capacity, self.capacity // 2)))
-        self._keys[:, :, self.length : needed] = keys
-        self._values[:, :, self.length : needed] = values
+        for name, new in (("keys", keys), ("values", values)):
+            place = self._view(name, self.length, needed)
+            if isinstance(place, Packed):
+                assert self._kernels is not None
+                self._kernels.pack(new, place)
+            else:
+                place.copy_(new)
         self.length = needed
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all, so that what is appended up to there is never copied."""
+        self._reserved = tokens
+        if self._stored and tokens > self.capacity:
+            self._grow(self._room(self.capacity, tokens - self.capacity))
+
+    def convert(self, kv_dtype: str) -> None:
+        """Keep what is held, and all to come, in fewer bits; keys first, their old memory freed before values follow.
+
+        Raises:
+            ConfigError: not a kv_dtype of fewer bits than there are now.
+            BackendError: the backend does not pack such tensors.
+        """
+        if KV_BITS.get(kv_dtype, 16) >= KV_BITS.get(str(self.kv_dtype), 16):
+            fewer = [name for name, bits in KV_BITS.items() if bits < KV_BITS.get(str(self.kv_dtype), 16)]
+            raise ConfigError(
+                f"kv_dtype {kv_dtype!r} is no less than {self.kv_dtype!r}, which this cache holds; "
+                f"it converts to {' or '.join(fewer) or 'nothing smaller'}"
+            )
+        if self._stored:
+            self._kernels = kernels = self._resolve(kv_dtype, self.keys, self.values)
+            fresh: dict[str, Tensor] = {}
+            for name in ("keys", "values"):
+                old = self._view(name, 0, self.length)
+                fresh.update(_allocate(name, old, self.capacity if not fresh else fresh["keys"].shape[2], kv_dtype))
+                new = _packed(fresh, name, 0, self.length, self._dtype)
+                for start in range(0, self.length, _PIECE):
+                    piece = slice(start, start + _PIECE)
+                    kernels.pack(plain(old[:, :, piece]), new[:, :, piece])
+                del old
+                for part in (name, _scales(name)):
+                    self._stored.pop(part, None)
+            self._stored = fresh
+        self.demoted += self.length
+        self.kv_dtype = kv_dtype
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens.
@@ -102,43 +197,46 @@ class KVBuffer:
 
         Works in place where the capacity stays, else one stored tensor at a time.
         """
-        keys, values = self._storage()
-        self._keys = _compact(keys, keep, capacity)
-        del keys
-        self._values = _compact(values, keep, capacity)
+        for name in self._stored:
+            held = self._stored[name]
+            if capacity != held.shape[2]:
+                self._stored[name] = room((*held.shape[:2], capacity, *held.shape[3:]), held.dtype, held.device)
+            # head by head: what is picked is a copy, and need not be one of the whole layer
+            for row, own in enumerate(keep):
+                for head, tokens in enumerate(own):
+                    self._stored[name][row, head, : len(tokens)] = held[row, head].index_select(0, tokens)
         self.evicted += self.length - keep.shape[2]
         self.length = self._settled = keep.shape[2]
 
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` [B'] int64 held: reorder, repeat or select rows."""
-        if self._keys is None or self._values is None:
-            return
-        rows = rows.to(self._keys.device)
-        keys, values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-        if len(rows) != self._keys.shape[0]:
-            tokens = self.capacity
-            self._keys, self._values = _allocate(keys, tokens), _allocate(values, tokens)
-        self._keys[:, :, : self.length] = keys
-        self._values[:, :, : self.length] = values
-
-    def reset(self) -> None:
-        """Forget everything and free the memory."""
-        self.length = self.evicted = self._settled = 0
-        self._keys = self._values = None
+        for name in self._stored:
+            held = self._stored[name]
+            taken = held[:, :, : self.length].index_select(0, rows.to(held.device))
+            if len(rows) != held.shape[0]:
+                self._stored[name] = held = room((len(rows), *held.shape[1:]), held.dtype, held.device)
+            held[:, :, : self.length] = taken
 
     def _room(self, tokens: int, more: int) -> int:
         return tokens + more if self.limit is None else max(tokens, min(tokens + more, self.limit))
 
-    def _storage(self) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._values is None:
+    def _view(self, name: str, low: int, high: int) -> Tensor | Packed:
+        if not self._stored:
             raise ShapeError("the cache is empty; append keys and values before reading them")
-        return self._keys, self._values
+        if self.kv_dtype is not None:
+            return _packed(self._stored, name, low, high, self._dtype)
+        return self._stored[name][:, :, low:high]
+
+    def _resolve(self, kv_dtype: str, keys: Tensor | Packed, values: Tensor | Packed) -> Kernels:
+        return resolve(self._backend, Request(keys.device, self._dtype, keys.shape[-1], values.shape[-1], kv_dtype))
 
     def _grow(self, capacity: int) -> None:
-        keys, values = self.keys, self.values
-        self._keys, self._values = _allocate(keys, capacity), _allocate(values, capacity)
-        self._keys[:, :, : self.length] = keys
-        self._values[:, :, : self.length] = values
+        # one tensor after the other, so that no more than one is there twice
+        for name in self._stored:
+            held = self._stored[name]
+            larger = room((*held.shape[:2], capacity, *held.shape[3:]), held.dtype, held.device)
+            larger[:, :, : self.length] = held[:, :, : self.length]
+            self._stored[name] = larger
 
     @staticmethod
     def _check_pair(keys: Tensor, values: Tensor) -> None:
@@ -147,8 +245,8 @@ class KVBuffer:
                 f"keys {tuple(keys.shape)} and values {tuple(values.shape)} do not match; expected [B, Hkv, N, D] each"
             )
 
-    @classmethod
-    def _check_fits(cls, name: str, new: Tensor, held: Tensor) -> None:
+    @staticmethod
+    def _check_fits(name: str, new: Tensor, held: Tensor | Packed) -> None:
         if new.ndim != 4 or new.shape[:2] != held.shape[:2] or new.shape[3] != held.shape[3]:
             expected = f"[{held.shape[0]}, {held.shape[1]}, N, {held.shape[3]}]"
             raise ShapeError(f"{name} to append have shape {tuple(new.shape)}; the cache holds {expected}")
@@ -158,15 +256,20 @@ class KVBuffer:
             )
 
 
-def _allocate(like: Tensor, tokens: int) -> Tensor:
+def _scales(name: str) -> str:
+    return {"keys": "key_scales", "values": "value_scales"}[name]
+
+
+def _packed(stored: dict[str, Tensor], name: str, low: int, high: int, dtype: torch.dtype) -> Packed:
+    return Packed(stored[name][:, :, low:high], stored[_scales(name)][:, :, low:high], dtype)
+
+
+def _allocate(name: str, like: Tensor | Packed, tokens: int, kv_dtype: str | None) -> dict[str, Tensor]:
     batch, heads, _, dim = like.shape
-    return room((batch, heads, tokens, dim), like.dtype, like.device)
-
-
-def _compact(held: Tensor, keep: Tensor, capacity: int) -> Tensor:
-    target = held if capacity == held.shape[2] else _allocate(held, capacity)
-    # head by head: what is picked is a copy, and need not be one of the whole layer
-    for row, own in enumerate(keep):
-        for head, tokens in enumerate(own):
-            target[row, head, : len(tokens)] = held[row, head].index_select(0, tokens)
-    return target
+    if kv_dtype is None:
+        return {name: room((batch, heads, tokens, dim), like.dtype, like.device)}
+    width, dtype = Packed.storage(dim, kv_dtype)
+    return {
+        name: room((batch, heads, tokens, width), dtype, like.device),
+        _scales(name): room((batch, heads, tokens), torch.float16, like.device),
+    }

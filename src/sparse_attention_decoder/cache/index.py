@@ -4,6 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sparse_attention_decoder.kernels import Packed
 from sparse_attention_decoder.selection import Rows
 
 
@@ -15,7 +16,7 @@ class Index(Protocol):
     The exception is `Survivors`: what a policy threw away depends on when.
     """
 
-    def catch_up(self, keys: Tensor, rows: Rows, needed: int) -> None:
+    def catch_up(self, keys: Tensor | Packed, rows: Rows, needed: int) -> None:
         """Cover at least the first `needed` of the keys [B, Hkv, T, D]."""
 
     def truncate(self, length: int) -> None:

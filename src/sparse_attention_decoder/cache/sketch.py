@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.errors import NonFiniteError
-from sparse_attention_decoder.kernels import Coded, Kernels, Statistics
+from sparse_attention_decoder.kernels import Coded, Kernels, Packed, Statistics
 from sparse_attention_decoder.selection import Rows
 
 
@@ -16,7 +16,8 @@ class Sketch:
     Each row's statistics are fitted on its first `fit_length(n)` of n tokens, sinks left out, and
     fitted anew whenever that number changes, that is, whenever the context has grown by a quarter.
     The fit depends on the row's length alone, not on how it got there, so appending one by one,
-    appending at once and truncating back all leave the same codes.
+    appending at once and truncating back all leave the same codes. Packed keys are fitted and coded
+    as they are stored, never as they came, for the same reason.
 
     limit: tokens beyond which it does not grow ahead of need; None for none.
     """
@@ -51,7 +52,7 @@ class Sketch:
         parts = (self._coded.codes, self._coded.factors, statistics.mean, statistics.deviation)
         return sum(part.nbytes for part in parts)
 
-    def catch_up(self, keys: Tensor, rows: Rows, needed: int) -> None:
+    def catch_up(self, keys: Tensor | Packed, rows: Rows, needed: int) -> None:
         """Cover at least the first `needed` of the keys [B, Hkv, T, D].
 
         Window tokens are never scored, so new keys are coded a windowful at a time: when the first
@@ -70,7 +71,7 @@ class Sketch:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _recode(self, keys: Tensor, rows: Rows, targets: list[int]) -> None:
+    def _recode(self, keys: Tensor | Packed, rows: Rows, targets: list[int]) -> None:
         if self._coded is None:
             self._allocate(keys)
         stale = [row for row, target in enumerate(targets) if self._fitted[row] != target]
@@ -102,7 +103,7 @@ class Sketch:
             held.codes.index_select(0, rows), held.factors.index_select(0, rows), Statistics(mean, deviation)
         )
 
-    def _allocate(self, keys: Tensor) -> None:
+    def _allocate(self, keys: Tensor | Packed) -> None:
         batch, heads, tokens, dim = keys.shape
         work = torch.float64 if keys.dtype == torch.float64 else torch.float32
         mean = torch.zeros(batch, heads, dim, dtype=work, device=keys.device)
@@ -113,7 +114,7 @@ class Sketch:
         more = tokens + tokens // 2
         return more if self.limit is None else max(tokens, min(more, self.limit))
 
-    def _fit_row(self, row: int, keys: Tensor, rows: Rows, tokens: int) -> None:
+    def _fit_row(self, row: int, keys: Tensor | Packed, rows: Rows, tokens: int) -> None:
         if rows.valid is None:
             own, reach = keys[row, :, self._sinks : tokens], tokens
         else:
@@ -126,7 +127,7 @@ class Sketch:
         statistics.mean[row], statistics.deviation[row] = mean, deviation
         self._fitted[row], self._reach[row] = tokens, reach
 
-    def _encode(self, keys: Tensor, rows: Rows) -> None:
+    def _encode(self, keys: Tensor | Packed, rows: Rows) -> None:
         total, coded = keys.shape[2], self.coded
         if total > coded.factors.shape[2]:
             coded = Coded.room(self._room(total), coded.statistics)

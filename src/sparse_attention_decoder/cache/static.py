@@ -47,13 +47,18 @@ class StaticTokens:
         config: policy "sketch", or "dense" for the baseline; backend triton, which leaves the length to the device.
         keys, values: [B, Hkv, N, D] and [B, Hkv, N, Dv] like those to come.
     Raises:
-        ConfigError: a policy that needs the host at every step.
+        ConfigError: a policy that needs the host at every step, or a kv_dtype.
         BackendError: no backend for it here.
     """
 
     def __init__(
         self, config: AttentionConfig, keys: Tensor, values: Tensor, capacity: int, shared: Shared | None = None
     ) -> None:
+        if config.kv_dtype is not None:
+            raise ConfigError(
+                f"kv_dtype {config.kv_dtype!r} is not for a static cache: Triton's kernels do not unpack; "
+                "use kv_dtype=None or the cache that grows"
+            )
         if config.policy not in ("sketch", "dense"):
             raise ConfigError(
                 f'policy {config.policy!r} asks the host at every step, which a captured step cannot; use "sketch" or '

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparse_attention_decoder.kernels import Packed
 from sparse_attention_decoder.selection import Regions, Rows, Selection
 
 
@@ -25,7 +26,7 @@ class Survivors:
         assert self._held is not None
         return self._held
 
-    def catch_up(self, keys: Tensor, rows: Rows, needed: int) -> None:
+    def catch_up(self, keys: Tensor | Packed, rows: Rows, needed: int) -> None:
         """Hold the tokens that are new among keys [B, Hkv, T, D]."""
         if self._held is None:
             self._held = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.errors import UnsupportedError
+from sparse_attention_decoder.kernels import Packed, plain
 from sparse_attention_decoder.kernels.rotation import work_dtype
 from sparse_attention_decoder.selection import Rows
 
@@ -31,7 +32,7 @@ class Observation:
     rows: Rows
     scaling: float
 
-    def attention(self, keys: Tensor) -> Tensor:
+    def attention(self, keys: Tensor | Packed) -> Tensor:
         """What each of the prompt's tokens got of their attention, summed over these queries.
 
         Args:
@@ -40,12 +41,13 @@ class Observation:
             [B, Hq, P] float32 (float64 for float64), P tokens up to the prompt's end.
         """
         length, heads = self.rows.length, keys.shape[1]
-        received = keys.new_zeros(*self.queries.shape[:2], length, dtype=work_dtype(self.queries))
+        work = work_dtype(self.queries)
+        received = torch.zeros(*self.queries.shape[:2], length, dtype=work, device=keys.device)
         group = self.queries.shape[1] // heads
         block = max(1, _MOST_LOGITS // (keys.shape[0] * group * length))
         key_at = torch.arange(length, device=keys.device)
         for head in range(heads):
-            own = keys[:, head, None, :length].to(received.dtype).transpose(-1, -2)
+            own = plain(keys[:, head, None, :length]).to(received.dtype).transpose(-1, -2)
             of_group = slice(head * group, (head + 1) * group)
             for start in range(0, self.positions.shape[1], block):
                 some = slice(start, start + block)
@@ -144,7 +146,7 @@ class Witness:
         return torch.nn.functional.pad(self._received, (0, length - self._received.shape[2]))
 
     @torch.no_grad()
-    def see(self, queries: Tensor, keys: Tensor, rows: Rows, scaling: float) -> None:
+    def see(self, queries: Tensor, keys: Tensor | Packed, rows: Rows, scaling: float) -> None:
         """Queries that were attended densely: a prompt, a chunk of one, a turn, or a single step.
 
         Args:

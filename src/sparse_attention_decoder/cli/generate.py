@@ -157,8 +157,8 @@ def _cache(decoder: "SparseAttention") -> "SparseCache":
 
 def _show_held(held: "Held") -> None:
     console.print(
-        f"cache: {held.bytes_now / 1e6:.1f} MB held, {held.bytes_most / 1e6:.1f} MB at most; "
-        f"of {held.tokens_seen} tokens {held.tokens_evicted} evicted"
+        f"cache: {held.bytes_now / 1e6:.1f} MB held, {held.bytes_most / 1e6:.1f} MB at most, in "
+        f"{' and '.join(sorted({*held.kept_as}))}; of {held.tokens_seen} tokens {held.tokens_evicted} were evicted"
     )
 
 

@@ -4,10 +4,11 @@ import logging
 from functools import cache
 
 from sparse_attention_decoder.errors import BackendError
+from sparse_attention_decoder.kernels.packed import Packed, plain, stored_bytes
 from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Kernels, Request, Statistics
 from sparse_attention_decoder.tables import BACKENDS, load
 
-__all__ = ["BLOCK", "Coded", "Kernels", "Request", "Statistics", "resolve"]
+__all__ = ["BLOCK", "Coded", "Kernels", "Packed", "Request", "Statistics", "plain", "resolve", "stored_bytes"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a kernel backend offers. Tensors in, tensors out: no state, no policy, no model."""
+"""What a kernel backend offers. Tensors in, tensors out: no state, no policy, no model. Keys may be packed."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparse_attention_decoder.kernels.packed import Packed
 from sparse_attention_decoder.selection import Regions, Selection
 
 # tokens coded side by side: their codes interleave, so that a vector register holds one word of each
@@ -14,12 +15,13 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Request:
-    """What a backend is asked to serve, so that it can refuse with a reason."""
+    """What a backend is asked to serve, so that it can refuse with a reason; kv_dtype: what keys are packed in."""
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     value_dim: int | None = None
+    kv_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,19 @@ class Kernels(Protocol):
     def refuses(self, request: Request) -> str | None:
         """Why this backend cannot serve the request, or None if it can."""
 
-    def fit(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def pack(self, x: Tensor, into: Packed) -> None:
+        """Write keys or values [B, Hkv, N, D] into a packed view of N tokens."""
+
+    def fit(self, keys: Tensor | Packed) -> tuple[Tensor, Tensor]:
         """Mean and deviation [Hkv, D] of one row's keys [Hkv, N, D], rotated."""
 
-    def encode(self, keys: Tensor, coded: Coded, start: int) -> None:
+    def encode(self, keys: Tensor | Packed, coded: Coded, start: int) -> None:
         """Code keys [B, Hkv, N, D] into tokens start .. start + N - 1."""
 
     def score(self, query: Tensor, coded: Coded, low: int, high: int, scaling: float) -> Tensor:
         """Estimated logits [B, Hkv, G, high - low] of queries [B, Hq, D] against coded keys, scaling included."""
 
-    def exact_logits(self, query: Tensor, keys: Tensor, tokens: Tensor, scaling: float) -> Tensor:
+    def exact_logits(self, query: Tensor, keys: Tensor | Packed, tokens: Tensor, scaling: float) -> Tensor:
         """Logits [B, Hkv, G, N] of queries [B, Hq, D] against the keys at `tokens` [B, Hkv, N]."""
 
     def select(
@@ -94,18 +99,26 @@ class Kernels(Protocol):
         """Choose tokens of the middle by their share of attention: a threshold with a floor and a cap."""
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, valid: Tensor | None, scaling: float
+        self,
+        query: Tensor,
+        keys: Tensor | Packed,
+        values: Tensor | Packed,
+        tokens: Tensor,
+        valid: Tensor | None,
+        scaling: float,
     ) -> tuple[Tensor, Tensor]:
         """Exact attention [B, Hq, Dv] and its log-sum-exp [B, Hq] over the listed tokens alone."""
 
-    def attend_all(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
+    def attend_all(
+        self, query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, valid: Tensor | None, scaling: float
+    ) -> Tensor:
         """Exact attention [B, Hq, Dv] over every token, `valid` [B, T] marking those that count: the dense baseline."""
 
     def step(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Tensor | Packed,
+        values: Tensor | Packed,
         coded: Coded,
         regions: Regions,
         floor: int,

@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_attention_decoder.errors import ShapeError
+from sparse_attention_decoder.kernels.packed import Packed, rotated
 from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Request
-from sparse_attention_decoder.kernels.rotation import rotate, work_dtype
+from sparse_attention_decoder.kernels.rotation import rotate, unrotate, work_dtype
 from sparse_attention_decoder.selection import Regions, Selection
 
 # step of the best uniform 2-bit quantiser of a unit normal: cuts at -STEP, 0, STEP
 STEP = 0.9957
 _LARGEST_FACTOR = 65504.0
+# packed tokens that are unpacked at a time
+_PIECE = 1024
 
 
 class ReferenceKernels:
@@ -32,32 +35,38 @@ class ReferenceKernels:
     crossover_tokens = 65536
 
     def refuses(self, request: Request) -> str | None:
-        """Serves every floating-point dtype on every device."""
+        """Serves every floating-point dtype on every device; four bits need an even number of channels."""
+        if request.kv_dtype == "int4" and any(dim and dim % 2 for dim in (request.head_dim, request.value_dim)):
+            return f"int4 puts two channels in a byte, and heads have {request.head_dim} and {request.value_dim}"
         return None if request.dtype.is_floating_point else f"dtype {request.dtype} is not floating point"
 
-    def fit(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def pack(self, x: Tensor, into: Packed) -> None:
+        """Write keys or values [B, Hkv, N, D] into a packed view of N tokens; `Packed` says how."""
+        into.write(x)
+
+    def fit(self, keys: Tensor | Packed) -> tuple[Tensor, Tensor]:
         """Mean and deviation [Hkv, D] of one row's keys [Hkv, N, D] after rotation; N may be 0."""
-        rotated = rotate(keys)
+        turned = rotated(keys)
         if keys.shape[1] == 0:
-            mean = rotated.new_zeros(rotated.shape[0], rotated.shape[2])
+            mean = turned.new_zeros(turned.shape[0], turned.shape[2])
             return mean, torch.ones_like(mean)
-        deviation, mean = torch.std_mean(rotated.double(), dim=1, correction=0)
+        deviation, mean = torch.std_mean(turned.double(), dim=1, correction=0)
         # a channel that has not varied yet still needs a scale for the keys to come
         typical = deviation.square().mean(-1, keepdim=True).sqrt()
         deviation = torch.where(typical > 0, deviation.maximum(0.01 * typical), 1.0)
-        return mean.to(rotated.dtype), deviation.to(rotated.dtype)
+        return mean.to(turned.dtype), deviation.to(turned.dtype)
 
-    def encode(self, keys: Tensor, coded: Coded, start: int) -> None:
+    def encode(self, keys: Tensor | Packed, coded: Coded, start: int) -> None:
         """Two bits a channel and one factor a token, written into `coded`.
 
         Args:
-            keys: [B, Hkv, N, D], after RoPE.
+            keys: [B, Hkv, N, D], after RoPE; packed ones are coded as they are stored, however they got there.
             coded: its statistics are of the rotated keys; has room for token start + N - 1.
             start: where the first of the keys belongs.
         The factor |z|^2 / (z . level) makes a code's product with its own key exact.
         """
         mean, deviation = coded.statistics.mean.unsqueeze(2), coded.statistics.deviation.unsqueeze(2)
-        z = (rotate(keys) - mean) / deviation
+        z = (rotated(keys) - mean) / deviation
         levels = (z >= -STEP).to(torch.uint8) + (z >= 0) + (z >= STEP)
         along = (z * (levels.to(z.dtype) - 1.5)).sum(-1)
         # z = 0 means the key is the mean itself, which a factor of 0 says exactly
@@ -77,19 +86,22 @@ class ReferenceKernels:
         Cost: reads 4 * ceil(D/16) + 2 bytes a token and KV head, and no key.
         """
         heads, work, statistics = coded.codes.shape[1], work_dtype(query), coded.statistics
-        rotated = rotate(_grouped(query, heads))
-        weights = rotated * statistics.deviation.unsqueeze(2)
+        turned = rotate(_grouped(query, heads))
+        weights = turned * statistics.deviation.unsqueeze(2)
         step = weights.abs().amax(-1, keepdim=True) / 127
         whole = torch.where(step > 0, weights / step, 0).round()
         # without the mean's share the estimate has no scale across heads: KL 3.3 (algorithm study)
-        mean_logit = (rotated * statistics.mean.unsqueeze(2)).sum(-1, keepdim=True)
+        mean_logit = (turned * statistics.mean.unsqueeze(2)).sum(-1, keepdim=True)
         levels = _read(coded.codes, query.shape[-1], low, high).to(work)
         along = 2 * (whole @ levels.transpose(-1, -2)) - 3 * whole.sum(-1, keepdim=True)
         factors = coded.factors[:, :, None, low:high].to(work)
         return scaling * (along * factors * (step / 2) + mean_logit)
 
-    def exact_logits(self, query: Tensor, keys: Tensor, tokens: Tensor, scaling: float) -> Tensor:
+    def exact_logits(self, query: Tensor, keys: Tensor | Packed, tokens: Tensor, scaling: float) -> Tensor:
         """Logits [B, Hkv, G, N] against the keys at `tokens` [B, Hkv, N], in float32 or float64."""
+        if isinstance(keys, Packed):
+            # where all are rotated, products are what they were
+            query = rotate(query)
         picked = _gather(keys, tokens).to(work_dtype(query))
         return scaling * (_grouped(query, keys.shape[1]).to(picked.dtype) @ picked.transpose(-1, -2))
 
@@ -139,7 +151,13 @@ class ReferenceKernels:
         return Selection(tokens + low, counts, (share.sum(-1) - read).clamp_min(0))
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, valid: Tensor | None, scaling: float
+        self,
+        query: Tensor,
+        keys: Tensor | Packed,
+        values: Tensor | Packed,
+        tokens: Tensor,
+        valid: Tensor | None,
+        scaling: float,
     ) -> tuple[Tensor, Tensor]:
         """Exact attention over the listed tokens alone.
 
@@ -156,14 +174,20 @@ class ReferenceKernels:
         lse = logits.logsumexp(-1)
         weights = (logits - lse.unsqueeze(-1).clamp_min(torch.finfo(lse.dtype).min)).exp()
         output = weights @ _gather(values, tokens).to(weights.dtype)
+        if isinstance(values, Packed):
+            output = unrotate(output)
         return output.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 
-    def attend_all(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
+    def attend_all(
+        self, query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, valid: Tensor | None, scaling: float
+    ) -> Tensor:
         """Attention [B, Hq, Dv] of queries [B, Hq, D] over all of keys and values, KV heads not repeated.
 
         Args:
             valid: bool [B, T], which tokens count; None for all.
         """
+        if isinstance(keys, Packed) or isinstance(values, Packed):
+            return self._attend_pieces(query, keys, values, valid, scaling)
         # the two calls transformers makes for one query token, so that the bits are the same
         if valid is None and keys.shape[-1] == values.shape[-1] <= 256:
             shared = query.shape[1] != keys.shape[1]
@@ -175,11 +199,28 @@ class ReferenceKernels:
             _grouped(query, keys.shape[1]), keys, values, attn_mask=mask, scale=scaling
         ).flatten(1, 2)
 
+    def _attend_pieces(
+        self, query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, valid: Tensor | None, scaling: float
+    ) -> Tensor:
+        # a piece at a time, so that there is never a float copy of the whole cache
+        outputs, masses = [], []
+        for start in range(0, keys.shape[2], _PIECE):
+            tokens = torch.arange(start, min(start + _PIECE, keys.shape[2]), device=query.device)
+            counts = None if valid is None else valid[:, None, tokens].expand(-1, keys.shape[1], -1)
+            listed = tokens.expand(*keys.shape[:2], -1)
+            output, lse = ReferenceKernels.attend(
+                self, query.to(work_dtype(query)), keys, values, listed, counts, scaling
+            )
+            outputs.append(output)
+            masses.append(lse)
+        shares = torch.stack(masses).softmax(0).nan_to_num().unsqueeze(-1)
+        return (torch.stack(outputs) * shares).sum(0).to(query.dtype)
+
     def step(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Tensor | Packed,
+        values: Tensor | Packed,
         coded: Coded,
         regions: Regions,
         floor: int,
@@ -245,7 +286,10 @@ def _first_best(values: Tensor, count: int) -> Tensor:
     return more.indices[..., :count]
 
 
-def _gather(x: Tensor, tokens: Tensor) -> Tensor:
+def _gather(x: Tensor | Packed, tokens: Tensor) -> Tensor:
+    # rows as they are stored: those of a packed cache come rotated
+    if isinstance(x, Packed):
+        return Packed(_gather(x.codes, tokens), _gather(x.scales.unsqueeze(-1), tokens).squeeze(-1), x.dtype).rotated()
     # index_select per head moves whole rows: five times faster than gather on a CPU
     batch, heads, _, dim = x.shape
     out = x.new_empty(batch, heads, tokens.shape[-1], dim)

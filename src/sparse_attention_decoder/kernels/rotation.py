@@ -15,21 +15,38 @@ def rotate(x: Tensor) -> Tensor:
     equal codes of keys appended together. A matrix product would not promise that.
     """
     size = x.shape[-1]
-    x = x.to(work_dtype(x)) * _signs(size, x.device)
     power = size & -size
+    x = _butterfly(x.to(work_dtype(x)) * _signs(size, x.device), power)
+    return x if power == size else _mix(x, _cosine(size // power, x.device))
+
+
+def unrotate(x: Tensor) -> Tensor:
+    """Undo `rotate`, up to rounding; of a vector alone or in a batch it gives the same bits, too."""
+    size = x.shape[-1]
+    power = size & -size
+    x = x.to(work_dtype(x))
+    if power != size:
+        x = _mix(x, _cosine(size // power, x.device).T)
+    undone: Tensor = _butterfly(x, power) * _signs(size, x.device)
+    return undone
+
+
+def _butterfly(x: Tensor, power: int) -> Tensor:
     half = 1
     while half < power:
         first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
         x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
         half *= 2
-    x = x * power**-0.5
-    if power == size:
-        return x
-    blocks = x.unflatten(-1, (size // power, power))
-    cosine = _cosine(size // power, x.device).to(x.dtype)
-    mixed: Tensor = cosine[:, :1] * blocks[..., :1, :]
-    for part in range(1, size // power):
-        mixed = mixed + cosine[:, part : part + 1] * blocks[..., part : part + 1, :]
+    return x * power**-0.5
+
+
+def _mix(x: Tensor, weights: Tensor) -> Tensor:
+    # products of blocks [.., P, power] with weights [P, P], summed one by one
+    parts = len(weights)
+    blocks, weights = x.unflatten(-1, (parts, -1)), weights.to(x.dtype)
+    mixed: Tensor = weights[:, :1] * blocks[..., :1, :]
+    for part in range(1, parts):
+        mixed = mixed + weights[:, part : part + 1] * blocks[..., part : part + 1, :]
     return mixed.flatten(-2)
 
 

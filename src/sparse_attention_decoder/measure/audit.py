@@ -46,7 +46,7 @@ def audit(layer: SparseLayer) -> Audit:
     errors, masses, recalls = [], [], []
     for row, is_dense in enumerate(dense):
         real = slice(None) if rows.valid is None else rows.valid[row].nonzero().squeeze(-1)
-        keys, values = (held[row][:, real].float() for held in (state.buffer.keys, state.buffer.values))
+        keys, values = (held[row][:, real].float() for held in (state.buffer.plain_keys, state.buffer.plain_values))
         asked = query[row].float().unflatten(0, (keys.shape[0], -1))
         weights = (scaling * asked @ keys.transpose(-1, -2)).softmax(-1)  # [Hkv, G, n]
         exact = (weights @ values).flatten(0, 1)

@@ -58,10 +58,10 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
         NonFiniteError: a weight holds NaN or infinity.
     Calling it again replaces the config. `disable` takes it off.
     """
-    families.check(model)
+    config = config or AttentionConfig()
+    families.check(model, config.kv_dtype)
     _require_finite_weights(model)
     disable(model)
-    config = config or AttentionConfig()
     previous = model.config._attn_implementation
     AttentionInterface.register(NAME, sparse_attention_forward)
     # without a mask function of the same name transformers builds no mask, and padding is read as text
@@ -132,7 +132,7 @@ def sparse_attention_forward(
     Returns:
         output [B, N, Hq, Dv], and no weights (ask `SparseAttention.trace` for those).
     Raises:
-        UnsupportedError: a keyword that changes the scores.
+        UnsupportedError: a keyword that changes the scores, or keys that were made of those of a packed cache.
     """
     for name in _MODIFIERS:
         if kwargs.get(name) is not None:
@@ -153,6 +153,10 @@ def sparse_attention_forward(
         elif key.shape[2] > 1 and not hasattr(key, STOCK_TAG):
             _warn_once(f"{type(module).__name__} decodes densely: its keys and values do not come from a SparseCache")
     if rows is None or layer is None:
+        if layer is not None and layer.hides:
+            key, value = layer.plain()
+        elif layer is None and query.shape[2] == 1 and not hasattr(key, STOCK_TAG):
+            _require_numbers(module, key, value)
         output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -167,6 +171,15 @@ def sparse_attention_forward(
     layer.last = (query[:, :, 0].detach(), rows, scale, decoded)
     layer.fit(query, rows, scale)
     return decoded.output.unsqueeze(1), None
+
+
+def _require_numbers(module: nn.Module, key: Tensor, value: Tensor) -> None:
+    # a packed layer shows NaN for what it holds, and all of it, so one token tells
+    if bool(key[0, 0, 0].isnan().all()) or bool(value[0, 0, 0].isnan().all()):
+        raise UnsupportedError(
+            f"{type(module).__name__} changes keys or values behind the cache, which it cannot where they are packed; "
+            "use kv_dtype=None"
+        )
 
 
 def _attend_static(

@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from sparse_attention_decoder.attention import Decoded, LayerState
 from sparse_attention_decoder.cache import Account, KVBuffer
 from sparse_attention_decoder.config import AttentionConfig
-from sparse_attention_decoder.errors import ShapeError, UnsupportedError
+from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
+from sparse_attention_decoder.kernels import Packed, stored_bytes
 from sparse_attention_decoder.policies import resolve
 from sparse_attention_decoder.selection import Held, Reads, Rows
 
@@ -27,7 +28,8 @@ class SparseLayer(DynamicLayer):
     """One full-attention layer: hands transformers plain views of keys and values.
 
     The views are the whole history, so any attention implementation works on this cache; ours
-    finds the layer through a tag on the key view.
+    finds the layer through a tag on the key view. A packed layer unpacks it for several new tokens; for a single one
+    it hands out NaN in its shape: ours reads the packed cache itself, and what cannot do that shows at once.
     """
 
     def __init__(self, config: AttentionConfig, account: Account | None = None) -> None:
@@ -37,6 +39,8 @@ class SparseLayer(DynamicLayer):
         self.state = LayerState(config, account)
         # with a cap a rollback may come after what it would need has been evicted
         self.is_croppable = not config.is_capped
+        # whether the newest views are NaN in place of the history
+        self.hides = False
         # the newest decode step, for traces: query [B, Hq, D], rows, scaling and the result
         self.last: tuple[Tensor, Rows, float, Decoded] | None = None
 
@@ -49,17 +53,25 @@ class SparseLayer(DynamicLayer):
         """Append keys and values [B, Hkv, N, D]; return views [B, Hkv, T, D] of all held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past = self.state.buffer.length
+        past, under_autograd = self.state.buffer.length, key_states.requires_grad or value_states.requires_grad
+        # our own views would keep the old memory where the buffer grows
+        self.keys = self.values = None
         self.state.append(key_states, value_states)
         self._refresh()
-        keys, values = self.state.buffer.keys, self.state.buffer.values
-        if key_states.requires_grad or value_states.requires_grad:
+        self.hides = self.state.buffer.kv_dtype is not None and key_states.shape[2] == 1 and not under_autograd
+        # views of their own: a layer would hold itself through those that it keeps
+        keys, values = self._hidden() if self.hides else self.plain()
+        if under_autograd:
             # the buffer keeps numbers, not graphs: under autograd the new tokens are handed on as they came
             keys = torch.cat([keys[:, :, :past], key_states], dim=2)
             values = torch.cat([values[:, :, :past], value_states], dim=2)
         for view in (keys, values):
             setattr(view, LAYER_TAG, self)
         return keys, values
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """Keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] in the model's dtype: views, or unpacked for who asks."""
+        return self.state.buffer.plain_keys, self.state.buffer.plain_values
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding and what a cap has evicted included: positions go on counting."""
@@ -71,7 +83,10 @@ class SparseLayer(DynamicLayer):
 
     def fit(self, queries: Tensor, rows: Rows, scaling: float) -> None:
         """Queries [B, Hq, N, D] of the newest N tokens were attended: make room if a cap is reached."""
-        if self.state.fit(queries, rows, scaling):
+        if self.state.cap is not None:
+            # our own views would keep memory that is given back
+            self.keys = self.values = None
+            self.state.fit(queries, rows, scaling)
             self._refresh()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -85,7 +100,7 @@ class SparseLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything and free the memory."""
         self.state.reset()
-        self.keys, self.values, self.last = None, None, None
+        self.keys, self.values, self.last, self.hides = None, None, None, False
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -97,12 +112,12 @@ class SparseLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         if self.get_seq_length() > 0:
-            self.reorder_cache(torch.arange(self.state.buffer.keys.shape[0]).repeat_interleave(repeats))
+            self.reorder_cache(torch.arange(self.state.buffer.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows that `indices` (int64 or bool mask) names."""
         if self.get_seq_length() > 0:
-            self.reorder_cache(torch.arange(self.state.buffer.keys.shape[0])[indices.cpu()])
+            self.reorder_cache(torch.arange(self.state.buffer.shape[0])[indices.cpu()])
 
     def offload(self) -> None:
         """Not supported: a decode step reads scattered tokens, so the cache has to be where it is used."""
@@ -113,7 +128,16 @@ class SparseLayer(DynamicLayer):
     prefetch = offload
 
     def reconfigured(self, config: AttentionConfig, account: Account | None = None) -> "SparseLayer":
-        """A layer over the same buffer that reads it as `config` says, with what the prompt's witness saw."""
+        """A layer over the same buffer that reads it as `config` says, with what the prompt's witness saw.
+
+        Raises:
+            ConfigError: another kv_dtype, which would be another buffer.
+        """
+        if config.kv_dtype != self.state.config.kv_dtype:
+            raise ConfigError(
+                f"kv_dtype {config.kv_dtype!r} cannot read a cache of kv_dtype {self.state.config.kv_dtype!r}; "
+                "read the prompt anew under that config"
+            )
         other = SparseLayer(config, account)
         if self.state.witness is not None:
             # shallow: from here on each sees its own steps
@@ -127,7 +151,23 @@ class SparseLayer(DynamicLayer):
 
     def _refresh(self) -> None:
         # other code reads these; untagged, so that no layer holds itself through its own view
-        self.keys, self.values = self.state.buffer.keys, self.state.buffer.values
+        self.keys, self.values = self._hidden()
+
+    def _hidden(self) -> tuple[Tensor, Tensor]:
+        keys, values = self.state.buffer.keys, self.state.buffer.values
+        return _numbers_or_nan(keys), _numbers_or_nan(values)
+
+    def convert(self, kv_dtype: str) -> None:
+        """Keep keys and values in fewer bits from now on, see `KVBuffer.convert`."""
+        self.keys = self.values = None
+        self.state.convert(kv_dtype)
+        if self.is_initialized:
+            self._refresh()
+
+
+def _numbers_or_nan(x: Tensor | Packed) -> Tensor:
+    # NaN in the shape and dtype of what is packed is a single number in memory
+    return x if isinstance(x, Tensor) else torch.full((), torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
 
 
 class SparseCache(DynamicCache):
@@ -157,6 +197,11 @@ class SparseCache(DynamicCache):
             setattr(held[0], STOCK_TAG, True)
         return held
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all: a prompt whose length is known is then never copied as it grows."""
+        for layer in self.sparse_layers:
+            layer.state.buffer.reserve(tokens)
+
     def watch(self, policies: Iterable[str]) -> None:
         """Before a prompt is read: keep of its queries what these policies choose by, so that one prefill serves all.
 
@@ -178,6 +223,9 @@ class SparseCache(DynamicCache):
 
         Counters start at zero and the index is built anew when first needed. What was seen of the
         prompt's queries comes along, see `watch`.
+
+        Raises:
+            ConfigError: another kv_dtype.
         """
         other = copy.copy(self)
         other.config = config
@@ -201,7 +249,8 @@ class SparseCache(DynamicCache):
             if not isinstance(layer, SparseLayer):
                 stock.layers[number] = copy.deepcopy(layer)
             elif layer.is_initialized:
-                stock.layers[number].update(layer.state.buffer.keys.clone(), layer.state.buffer.values.clone())
+                keys, values = layer.plain()
+                stock.layers[number].update(keys.clone(), values.clone())
         return stock
 
     @property
@@ -223,4 +272,18 @@ class SparseCache(DynamicCache):
         states = [layer.state for layer in self.sparse_layers]
         first = states[0].buffer if states else KVBuffer()
         now = sum(state.nbytes for state in states)
-        return Held(first.seen, first.length, first.evicted, now, max(now, self._account.most))
+        kept_as = tuple(state.buffer.kept_as for state in states)
+        return Held(first.seen, first.length, first.demoted, first.evicted, now, max(now, self._account.most), kept_as)
+
+
+def token_bytes(model_config: PreTrainedConfig, kv_dtype: str | None, dtype: torch.dtype) -> int:
+    """Bytes that keys and values of one token take in all full-attention layers of a model, scales included.
+
+    Args:
+        dtype: of the model; with kv_dtype None keys and values are kept in it.
+    """
+    text: Any = model_config.get_text_config(decoder=True)
+    layers = len(SparseCache(model_config, AttentionConfig()).sparse_layers)
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * layers * int(heads) * stored_bytes(int(dim), kv_dtype, dtype)

@@ -18,8 +18,8 @@ REFUSED = {
 }
 
 
-def check(model: PreTrainedModel) -> None:
-    """Refuse a model whose output would be wrong, by name.
+def check(model: PreTrainedModel, kv_dtype: str | None = None) -> None:
+    """Refuse a model whose output would be wrong, by name, or with keys and values packed as `kv_dtype`.
 
     Raises:
         UnsupportedError: what the model does that sparse attention cannot.
@@ -38,5 +38,9 @@ def check(model: PreTrainedModel) -> None:
     takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
     if not takes_cache or not model._supports_default_dynamic_cache():
         raise UnsupportedError(f"{name} keeps a cache of its own kind; sparse decoding needs one of keys and values")
-    if getattr(text, "kv_lora_rank", None):
+    latent = getattr(text, "kv_lora_rank", None)
+    if kv_dtype is not None and (latent or name == "diffllama"):
+        what = "caches latents (MLA)" if latent else "takes differences of values"
+        raise UnsupportedError(f"{name} {what}: it needs its cache in numbers; use kv_dtype=None")
+    if latent:
         logger.warning("%s caches latents (MLA), not keys: its attention stays dense, correct but no faster", name)

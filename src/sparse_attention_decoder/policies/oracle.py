@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 
 from sparse_attention_decoder.config import AttentionConfig
-from sparse_attention_decoder.kernels import Kernels
+from sparse_attention_decoder.kernels import Kernels, stored_bytes
 from sparse_attention_decoder.policies.protocol import Policy, Step
 from sparse_attention_decoder.selection import Selection
 
@@ -31,5 +31,5 @@ class OraclePolicy(Policy):
             logits, step.near_lse(), low, step.regions.middle, step.config.top_k, step.threshold
         )
         scored = sum(step.regions.middle_counts) * keys.shape[1]
-        key_bytes = keys.shape[-1] * keys.element_size()
+        key_bytes = stored_bytes(keys.shape[-1], step.buffer.kv_dtype, keys.dtype)
         return Selection(chosen.tokens, chosen.counts, chosen.missing_mass, scored * key_bytes)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.config import AttentionConfig
-from sparse_attention_decoder.kernels import Kernels
+from sparse_attention_decoder.kernels import Kernels, Packed, plain
 from sparse_attention_decoder.policies.protocol import Policy, Step
 from sparse_attention_decoder.selection import Rows, Selection
 
@@ -29,7 +29,7 @@ class PageBounds:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def catch_up(self, keys: Tensor, rows: Rows, needed: int) -> None:
+    def catch_up(self, keys: Tensor | Packed, rows: Rows, needed: int) -> None:
         """Cover all keys [B, Hkv, T, D]; only those not yet seen are read."""
         total = keys.shape[2]
         if self._rows is not None and not rows.same_past(self._rows, self.length):
@@ -39,15 +39,15 @@ class PageBounds:
             return
         pages = -(-total // PAGE)
         if self.low is None or self.high is None or self.length == 0:
-            self.low = keys.new_full((*keys.shape[:2], 0, keys.shape[3]), math.inf)
+            self.low = torch.full((*keys.shape[:2], 0, keys.shape[3]), math.inf, dtype=keys.dtype, device=keys.device)
             self.high = -self.low
             self.length = 0
         if pages > self.low.shape[2]:
             room = pages + pages // 2 - self.low.shape[2]
-            fresh = keys.new_full((*keys.shape[:2], room, keys.shape[3]), math.inf)
+            fresh = self.low.new_full((*keys.shape[:2], room, keys.shape[3]), math.inf)
             self.low, self.high = torch.cat([self.low, fresh], 2), torch.cat([self.high, -fresh], 2)
         page = page_of(rows, keys.shape[0], keys.device)[:, None, self.length :, None]
-        new = keys[:, :, self.length :]
+        new = plain(keys[:, :, self.length :])
         where = page.expand_as(new)
         low, high = new, new
         if rows.valid is not None:
@@ -109,7 +109,7 @@ class QuestPolicy(Policy):
         chosen = read.gather(-1, page[:, None].expand(-1, heads, -1)) & middle[:, None]
         counts = chosen.sum(-1)
         tokens = chosen.int().argsort(dim=-1, descending=True, stable=True)[..., : int(counts.max())] + regions.low
-        index_bytes = 2 * dim * keys.element_size() * heads * int(candidates.sum())
+        index_bytes = 2 * dim * keys.dtype.itemsize * heads * int(candidates.sum())
         return Selection(tokens, counts, None, index_bytes)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_attention_decoder.cache import Survivors
 from sparse_attention_decoder.cache.witness import Observation
 from sparse_attention_decoder.config import AttentionConfig
-from sparse_attention_decoder.kernels import Kernels
+from sparse_attention_decoder.kernels import Kernels, Packed
 from sparse_attention_decoder.policies.protocol import Policy, Step
 from sparse_attention_decoder.selection import Regions, Selection
 
@@ -49,7 +49,7 @@ class SnapKVPolicy(Policy):
         return chosen
 
 
-def observed_scores(seen: Observation, keys: Tensor, regions: Regions) -> Tensor:
+def observed_scores(seen: Observation, keys: Tensor | Packed, regions: Regions) -> Tensor:
     """[B, Hkv, M], pooled attention that the prompt's last queries paid to positions low..low+M-1.
 
     Only the middle is pooled: sinks and window are kept anyway, and would lift their neighbours.

@@ -7,6 +7,7 @@ import sparse_attention_decoder.kernels.cpu.operations as operations
 from sparse_attention_decoder.kernels.checks import MOST_DIM, serves
 from sparse_attention_decoder.kernels.cpu.library import DTYPES, isa, load
 from sparse_attention_decoder.kernels.cpu.ops import NAMESPACE
+from sparse_attention_decoder.kernels.packed import Packed
 from sparse_attention_decoder.kernels.protocol import Coded, Request
 from sparse_attention_decoder.kernels.reference import ReferenceKernels
 from sparse_attention_decoder.selection import Regions, Selection
@@ -23,6 +24,8 @@ class CpuKernels(ReferenceKernels):
 
     def refuses(self, request: Request) -> str | None:
         """Needs the compiled library, a CPU, 16- or 32-bit floats and heads of a multiple of 8 channels."""
+        if request.kv_dtype is not None:
+            return f"keys and values in {request.kv_dtype} are not read by compiled kernels yet"
         if request.device.type != "cpu":
             return f"device {request.device} is not a CPU"
         if request.dtype not in DTYPES:
@@ -33,11 +36,11 @@ class CpuKernels(ReferenceKernels):
         library = load()
         return library if isinstance(library, str) else None
 
-    def fit(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def fit(self, keys: Tensor | Packed) -> tuple[Tensor, Tensor]:
         """Mean and deviation [Hkv, D] of one row's keys [Hkv, N, D] after rotation; N may be 0."""
         return operations.fit(keys)
 
-    def encode(self, keys: Tensor, coded: Coded, start: int) -> None:
+    def encode(self, keys: Tensor | Packed, coded: Coded, start: int) -> None:
         """Code keys [B, Hkv, N, D] into tokens start .. start + N - 1."""
         operations.encode(keys, coded, start)
 
@@ -62,20 +65,28 @@ class CpuKernels(ReferenceKernels):
         return Selection(tokens[..., : int(counts.max())], counts, missing)
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, valid: Tensor | None, scaling: float
+        self,
+        query: Tensor,
+        keys: Tensor | Packed,
+        values: Tensor | Packed,
+        tokens: Tensor,
+        valid: Tensor | None,
+        scaling: float,
     ) -> tuple[Tensor, Tensor]:
         """Exact attention [B, Hq, Dv] and its log-sum-exp [B, Hq] over the listed tokens alone."""
         return operations.attend(query, keys, values, tokens, valid, scaling)
 
-    def attend_all(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
+    def attend_all(
+        self, query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, valid: Tensor | None, scaling: float
+    ) -> Tensor:
         """Exact attention [B, Hq, Dv] over every token, `valid` [B, T] marking those that count."""
         return operations.attend_all(query, keys, values, valid, scaling)[0]
 
     def step(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Tensor | Packed,
+        values: Tensor | Packed,
         coded: Coded,
         regions: Regions,
         floor: int,

@@ -6,7 +6,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels.checks import FLOATS
+from sparse_attention_decoder.kernels.packed import Packed
 from sparse_attention_decoder.kernels.protocol import Coded, Request
 from sparse_attention_decoder.kernels.reference import ReferenceKernels
 from sparse_attention_decoder.selection import Regions, Selection
@@ -25,6 +27,8 @@ class TritonKernels(ReferenceKernels):
 
     def refuses(self, request: Request) -> str | None:
         """Needs triton, a CUDA device of compute capability 8.0, 16- or 32-bit floats, heads of 16 to 256 channels."""
+        if request.kv_dtype is not None:
+            return f"keys and values in {request.kv_dtype} are read by the backends cpu and reference alone"
         if find_spec("triton") is None:
             return "triton is not installed (pip install 'sparse-attention-decoder[gpu]')"
         if request.device.type != "cuda":
@@ -40,11 +44,11 @@ class TritonKernels(ReferenceKernels):
                 return f"head_dim {dim} is no multiple of 8 from {LEAST_DIM} to {MOST_DIM}"
         return None
 
-    def encode(self, keys: Tensor, coded: Coded, start: int) -> None:
+    def encode(self, keys: Tensor | Packed, coded: Coded, start: int) -> None:
         """Code keys [B, Hkv, N, D] into tokens start .. start + N - 1."""
         from sparse_attention_decoder.kernels.triton.encode import encode
 
-        encode(keys, coded, start)
+        encode(_whole(keys), coded, start)
 
     def score(self, query: Tensor, coded: Coded, low: int, high: int, scaling: float) -> Tensor:
         """Estimated logits [B, Hkv, G, high - low] of queries [B, Hq, D] against coded keys."""
@@ -71,18 +75,24 @@ class TritonKernels(ReferenceKernels):
         return Selection(tokens[..., : int(counts.max())], counts, missing)
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, tokens: Tensor, valid: Tensor | None, scaling: float
+        self,
+        query: Tensor,
+        keys: Tensor | Packed,
+        values: Tensor | Packed,
+        tokens: Tensor,
+        valid: Tensor | None,
+        scaling: float,
     ) -> tuple[Tensor, Tensor]:
         """Exact attention [B, Hq, Dv] and its log-sum-exp [B, Hq] over the listed tokens alone."""
         from sparse_attention_decoder.kernels.triton.attend import attend
 
-        return attend(query, keys, values, tokens, valid, scaling)
+        return attend(query, _whole(keys), _whole(values), tokens, valid, scaling)
 
     def step(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Tensor | Packed,
+        values: Tensor | Packed,
         coded: Coded,
         regions: Regions,
         floor: int,
@@ -92,8 +102,16 @@ class TritonKernels(ReferenceKernels):
         """Score, select and attend, without a word from the device to the host in between."""
         from sparse_attention_decoder.kernels.triton.step import step
 
-        output, lse, tokens, counts, missing = step(query, keys, values, coded, regions, floor, threshold, scaling)
+        output, lse, tokens, counts, missing = step(
+            query, _whole(keys), _whole(values), coded, regions, floor, threshold, scaling
+        )
         return output, lse, Selection(tokens, counts, missing)
+
+
+def _whole(x: Tensor | Packed) -> Tensor:
+    if isinstance(x, Packed):
+        raise ShapeError("keys or values are packed, which Triton's kernels do not read; use backend cpu or reference")
+    return x
 
 
 def interpreted() -> bool:
