@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_attention_decoder.cache import Index, KVBuffer, Witness
+from sparse_attention_decoder.cache import Account, Cap, Index, KVBuffer, Sketch, Witness
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels import Kernels, Request, resolve
@@ -36,12 +36,16 @@ class Decoded:
 
 
 class LayerState:
-    """The mutable state of one layer: KV buffer, the policy's index, what the prompt attended to, what was read."""
+    """The mutable state of one layer: KV buffer, the policy's index, what the prompt attended to, what was read.
 
-    def __init__(self, config: AttentionConfig) -> None:
+    cap: keeps all that within the config's limits; None where there are none. Layers of one cache share an `account`.
+    """
+
+    def __init__(self, config: AttentionConfig, account: Account | None = None) -> None:
         self.config = config
         self.policy: type[Policy] = resolve_policy(config.policy)
         self.buffer = KVBuffer(config.kv_dtype, config.backend)
+        self.cap = Cap(config, account or Account(1)) if config.is_capped else None
         self._reads = Reads()
         self._notes: list[_Note] = []
         self.index: Index | None = None
@@ -54,6 +58,33 @@ class LayerState:
         if policy.needs_witness:
             self.witness = self.witness or Witness()
             self.witness.adds_up |= policy.needs_sums
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] behind those held."""
+        if self.cap is not None:
+            self.cap.admit(self.buffer, keys, values)
+        self.buffer.append(keys, values)
+        if self.cap is not None:
+            self.cap.note(self.buffer, self.index)
+
+    def fit(self, queries: Tensor, rows: Rows, scaling: float) -> None:
+        """Queries [B, Hq, N, D] of the newest N tokens were attended: make room if the cap is reached."""
+        if self.cap is None:
+            return
+        self.cap.see(self.buffer, queries, rows, scaling)
+        demoted = self.cap.demotion(self.buffer)
+        if demoted is not None:
+            self.convert(demoted)
+            self.cap.limit(self.buffer)
+        keep = self.cap.eviction(self.buffer, rows, scaling)
+        if keep is not None:
+            self.buffer.take_tokens(keep, self.cap.most)
+            # what is left is summed up anew when next needed
+            if self.index is not None:
+                self.index.truncate(0)
+            if self.witness is not None:
+                self.witness.reset()
+        self.cap.note(self.buffer, self.index)
 
     def see(self, queries: Tensor, rows: Rows, scaling: float) -> None:
         """Queries [B, Hq, N, D] of the newest N tokens were attended densely; tell the witness, if there is one."""
@@ -68,6 +99,11 @@ class LayerState:
             request = Request(keys.device, keys.dtype, keys.shape[-1], values.shape[-1], self.buffer.kv_dtype)
             self._kernels = resolve(self.config.backend, request)
         return self._kernels
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and sketch, room for tokens to come included."""
+        return self.buffer.nbytes + (self.index.nbytes if isinstance(self.index, Sketch) else 0)
 
     @property
     def reads(self) -> Reads:
@@ -106,6 +142,8 @@ class LayerState:
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens, in buffer, index and witness."""
         self.buffer.truncate(length)
+        if self.cap is not None:
+            self.cap.truncate()
         if self.witness is not None:
             self.witness.truncate(length)
         if self.index is not None:
@@ -113,6 +151,8 @@ class LayerState:
 
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` [B'] int64 held."""
+        if self.cap is not None:
+            self.cap.take_rows(rows)
         self.buffer.take_rows(rows)
         if self.witness is not None:
             self.witness.take_rows(rows)
@@ -122,6 +162,9 @@ class LayerState:
     def reset(self) -> None:
         """Forget everything."""
         self.buffer.reset()
+        self.buffer.kv_dtype = self.config.kv_dtype
+        if self.cap is not None:
+            self.cap.reset()
         if self.witness is not None:
             self.witness.reset()
         self._reads, self._notes = Reads(), []
@@ -191,6 +234,8 @@ def _prepare(query: Tensor, layer: LayerState, rows: Rows, scaling: float) -> St
     regions = rows.regions(config.sink_tokens, config.attention_window, query.device)
     if layer.index is None:
         layer.index = layer.policy.new_index(layer.kernels, config)
+        if layer.cap is not None:
+            layer.cap.note(layer.buffer, layer.index)
     return Step(query, layer.buffer, layer.index, rows, regions, scaling, layer.kernels, config, layer.witness)
 
 

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from sparse_attention_decoder.errors import ConfigError
 from sparse_attention_decoder.tables import BACKENDS, KV_BITS, POLICIES
 
+# policies that read what a cap leaves; the others keep or evict by rules of their own
+CAPPED = ("sketch", "dense", "window")
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -33,6 +36,11 @@ class AttentionConfig:
         kv_dtype: "int8" or "int4" keep each channel of keys and values in so many bits, with a scale a token:
             about a quarter and an eighth of float32's memory. None keeps them as the model makes them. What it
             costs in quality is in docs/experiments.md. Not for the backend triton.
+        max_cache_tokens: tokens held per layer and KV head at most. What is beyond is evicted, an eighth at a
+            time: the tokens that the newest queries attend to least, never sinks or window. For policies sketch,
+            dense and window.
+        max_cache_bytes: bytes that keys, values and sketch of all layers and rows may take together. Precision
+            goes first, to int8 and then to int4; what is beyond even so is evicted.
     Raises:
         ConfigError: a value that cannot work; the message gives one that would.
     What the defaults keep is measured in benchmarks/report/report.md; docs/experiments.md says what
@@ -47,6 +55,8 @@ class AttentionConfig:
     backend: str = "auto"
     dense_below: int | None = None
     kv_dtype: str | None = None
+    max_cache_tokens: int | None = None
+    max_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _require_count("top_k", self.top_k, 1, 'to retrieve nothing use policy="window"')
@@ -69,11 +79,35 @@ class AttentionConfig:
             raise ConfigError(f"policy is {self.policy!r}; choose one of {', '.join(POLICIES)}")
         if not isinstance(self.backend, str) or self.backend not in ("auto", *BACKENDS):
             raise ConfigError(f"backend is {self.backend!r}; choose auto or one of {', '.join(BACKENDS)}")
-
         if self.kv_dtype is not None and (not isinstance(self.kv_dtype, str) or self.kv_dtype not in KV_BITS):
             raise ConfigError(
                 f"kv_dtype is {self.kv_dtype!r}; choose one of {', '.join(KV_BITS)}, or None to keep them whole"
             )
+        self._check_caps()
+
+    def _check_caps(self) -> None:
+        if self.max_cache_tokens is not None:
+            _require_count(
+                "max_cache_tokens", self.max_cache_tokens, self.least_cache_tokens,
+                "what is left when an eighth has been evicted must hold sinks, window and top_k; None sets no cap",
+            )  # fmt: skip
+        if self.max_cache_bytes is not None:
+            _require_count("max_cache_bytes", self.max_cache_bytes, 1, "None sets no cap", "bytes")
+        if self.is_capped and self.policy not in CAPPED:
+            raise ConfigError(
+                f"policy {self.policy!r} does not work with max_cache_tokens or max_cache_bytes: "
+                f"it has rules of its own for what is held; choose one of {', '.join(CAPPED)}"
+            )
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether there is a limit to what is held."""
+        return self.max_cache_tokens is not None or self.max_cache_bytes is not None
+
+    @property
+    def least_cache_tokens(self) -> int:
+        """The smallest cap of tokens that still holds the budget after an eighth of it has been evicted."""
+        return self.budget_tokens + max(1, (self.budget_tokens - 1) // 7)
 
     @property
     def budget_tokens(self) -> int:
@@ -106,9 +140,9 @@ class AttentionConfig:
         return cls(**values)
 
 
-def _require_count(name: str, value: object, least: int, hint: str) -> None:
+def _require_count(name: str, value: object, least: int, hint: str, unit: str = "tokens") -> None:
     # True and False are ints to Python, but nobody means them as a count
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} is {value!r}; expected a whole number of tokens, {least} or more ({hint})")
+        raise ConfigError(f"{name} is {value!r}; expected a whole number of {unit}, {least} or more ({hint})")
     if value < least:
         raise ConfigError(f"{name} is {value}; use {least} or more ({hint})")

@@ -17,7 +17,13 @@ from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.frame import prompt_ids
 from sparse_attention_decoder.models.ids import check_ids
 from sparse_attention_decoder.models.loading import load
-from sparse_attention_decoder.models.reading import DEFAULT_NEW_TOKENS, Progress, read_into, read_into_static
+from sparse_attention_decoder.models.reading import (
+    DEFAULT_NEW_TOKENS,
+    Progress,
+    chunking,
+    read_into,
+    read_into_static,
+)
 from sparse_attention_decoder.models.static import StaticSparseCache
 from sparse_attention_decoder.models.stopping import StopWhen
 from sparse_attention_decoder.models.streaming import pieces
@@ -122,6 +128,7 @@ class SparseAttention(nn.Module):
         wanted = kwargs.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
         if input_ids is not None:
             self.check_ids(input_ids, 0, wanted)
+            kwargs = {**chunking(self.config, input_ids.shape[1]), **kwargs}
         if compile and self._compiles_ahead:
             compiled.install(self.model)
         elif compile:
@@ -141,8 +148,7 @@ class SparseAttention(nn.Module):
         Args:
             text: the prompt.
             max_new_tokens: 256, or what the context has room for, if left out.
-            chat: put the text into the chat template as the user's message; by default where the
-                tokenizer has one.
+            chat: put the text into the chat template as the user's message; None does where there is one.
             kwargs: for `generate`.
         Raises:
             InputError: empty prompt, or no tokenizer. ContextLengthError: too long.
@@ -280,7 +286,9 @@ class SparseAttention(nn.Module):
                 )
             elif on_prefill is not None and ids.shape[1] > 2:
                 # two tokens are left to generate: one alone would be a decode step, and read sparsely
-                kwargs["past_key_values"] = self.prefill(ids[:, :-2], report)
+                cache = kwargs.setdefault("past_key_values", SparseCache(self.model.config, self.config))
+                if cache.get_seq_length() == 0:
+                    self.read_into(ids[:, :-2], cache, report)
             self.generate(ids, streamer=streamer, stopping_criteria=[*criteria, stop], **kwargs)
 
         return pieces(self.require_tokenizer(), generate)

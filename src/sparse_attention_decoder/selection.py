@@ -1,4 +1,4 @@
-"""What may be read and what was chosen: Rows, Regions, Selection, Reads. Data only."""
+"""What may be read and what was chosen: Rows, Regions, Selection, Reads, Held. Data only."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -180,3 +180,23 @@ class Reads:
     def share_read(self) -> float:
         """Bytes read, index included, over the bytes dense attention would have read; 1.0 before any step."""
         return (self.bytes_read + self.index_bytes) / self.bytes_dense if self.bytes_dense else 1.0
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a cache holds.
+
+    tokens_seen, tokens_held, tokens_evicted: of each row, layer and KV head; the latter two add up to the first.
+    tokens_demoted: how often a token already held had to be kept in fewer bits, of each row, layer and KV head.
+    bytes_now, bytes_most: of keys, values and sketch of all layers and rows, room for tokens to come included; now,
+        and at most since the cache was empty (the chunk of a prompt that was just read included).
+    kept_as: what each layer keeps a channel in now, such as "float32" or "int8".
+    """
+
+    tokens_seen: int
+    tokens_held: int
+    tokens_demoted: int
+    tokens_evicted: int
+    bytes_now: int
+    bytes_most: int
+    kept_as: tuple[str, ...]

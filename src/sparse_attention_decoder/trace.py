@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.attention import Decoded, LayerState
+from sparse_attention_decoder.errors import UnsupportedError
 from sparse_attention_decoder.selection import Rows
 
 
@@ -71,7 +72,16 @@ class Trace:
 def trace_layer(
     number: int, state: LayerState, last: tuple[Tensor, Rows, float, Decoded], tokens: tuple[str, ...]
 ) -> list[HeadTrace]:
-    """The heads of one layer, from its newest decode step; the batch holds one row."""
+    """The heads of one layer, from its newest decode step; the batch holds one row.
+
+    Raises:
+        UnsupportedError: tokens were evicted.
+    """
+    if state.buffer.evicted:
+        raise UnsupportedError(
+            f"{state.buffer.evicted} tokens were evicted to stay below the cap, and positions of those held no longer "
+            "name tokens of the text; trace without max_cache_tokens and max_cache_bytes"
+        )
     query, rows, scaling, decoded = last
     keys = state.buffer.keys
     batch, heads, length, _ = keys.shape

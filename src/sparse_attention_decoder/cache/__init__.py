@@ -1,9 +1,10 @@
 """What is remembered: keys and values, and an index kept in step with them. Knows no policy."""
 
 from sparse_attention_decoder.cache.buffer import KVBuffer
+from sparse_attention_decoder.cache.cap import Account, Cap
 from sparse_attention_decoder.cache.index import Index
 from sparse_attention_decoder.cache.sketch import Sketch
 from sparse_attention_decoder.cache.survivors import Survivors
 from sparse_attention_decoder.cache.witness import Witness
 
-__all__ = ["Index", "KVBuffer", "Sketch", "Survivors", "Witness"]
+__all__ = ["Account", "Cap", "Index", "KVBuffer", "Sketch", "Survivors", "Witness"]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.cache.arena import room
-from sparse_attention_decoder.errors import ConfigError, ShapeError
+from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
 from sparse_attention_decoder.kernels import Kernels, Packed, Request, plain, resolve, stored_bytes
 from sparse_attention_decoder.tables import KV_BITS
 
@@ -19,6 +19,9 @@ class KVBuffer:
     Appending a token writes it in place; only growing copies, and grows by half, so a token is
     copied about twice in its life, however long the context gets; not even that where `reserve` said how long.
 
+    limit: capacity beyond which it does not grow ahead of need; None for none.
+    evicted: tokens that each row and head held once and no longer does; demoted: those it had to keep in fewer bits.
+
     Args:
         kv_dtype: None keeps what comes; "int8" or "int4" pack it, see `kernels.packed`.
         backend: whose kernels pack; all give the same codes.
@@ -32,6 +35,10 @@ class KVBuffer:
     def reset(self) -> None:
         """Forget everything and free the memory."""
         self.length = 0
+        self.limit: int | None = None
+        self.evicted = self.demoted = 0
+        # what was held when tokens were last evicted: those heads hold different ones
+        self._settled = 0
         self._reserved = 0
         # keys and values, and where they are packed key_scales and value_scales; tokens are the third axis of each
         self._stored: dict[str, Tensor] = {}
@@ -48,6 +55,21 @@ class KVBuffer:
         """Tokens that fit before the next growth."""
         # the least of all: growing may have been broken off in between
         return min((held.shape[2] for held in self._stored.values()), default=0)
+
+    @property
+    def seen(self) -> int:
+        """Tokens ever appended and not truncated: those held and those evicted."""
+        return self.length + self.evicted
+
+    @property
+    def kept_as(self) -> str:
+        """What a channel is kept in: int4, int8, or the name of the dtype that came."""
+        return self.kv_dtype or str(self._dtype).removeprefix("torch.")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, room for tokens to come included."""
+        return sum(held.nbytes for held in self._stored.values())
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -103,14 +125,14 @@ class KVBuffer:
             self._dtype = keys.dtype
             if self.kv_dtype is not None:
                 self._kernels = self._resolve(self.kv_dtype, keys, values)
-            tokens = max(count, self._reserved) if self._reserved else count + count // 2
+            tokens = self._room(count, max(0, self._reserved - count) if self._reserved else count // 2)
             for name, like in (("keys", keys), ("values", values)):
                 self._stored.update(_allocate(name, like, tokens, self.kv_dtype))
         self._check_fits("keys", keys, self.keys)
         self._check_fits("values", values, self.values)
         needed = self.length + count
         if needed > self.capacity:
-            self._grow(max(needed, self.capacity + self.capacity // 2))
+            self._grow(max(needed, self._room(self.capacity, self.capacity // 2)))
         for name, new in (("keys", keys), ("values", values)):
             place = self._view(name, self.length, needed)
             if isinstance(place, Packed):
@@ -124,7 +146,7 @@ class KVBuffer:
         """Make room for `tokens` tokens in all, so that what is appended up to there is never copied."""
         self._reserved = tokens
         if self._stored and tokens > self.capacity:
-            self._grow(tokens)
+            self._grow(self._room(self.capacity, tokens - self.capacity))
 
     def convert(self, kv_dtype: str) -> None:
         """Keep what is held, and all to come, in fewer bits; keys first, their old memory freed before values follow.
@@ -153,6 +175,7 @@ class KVBuffer:
                 for part in (name, _scales(name)):
                     self._stored.pop(part, None)
             self._stored = fresh
+        self.demoted += self.length
         self.kv_dtype = kv_dtype
 
     def truncate(self, length: int) -> None:
@@ -160,9 +183,15 @@ class KVBuffer:
 
         Raises:
             ShapeError: length is negative or beyond what is held.
+            UnsupportedError: tokens have been evicted since there were that few.
         """
         if not 0 <= length <= self.length:
             raise ShapeError(f"cannot truncate to {length} tokens; the cache holds {self.length}")
+        if length < self._settled:
+            raise UnsupportedError(
+                f"cannot go back by {self.length - length} tokens: {self.evicted} were evicted to stay below the cap, "
+                f"the last of them {self.length - self._settled} tokens ago; raise max_cache_tokens or max_cache_bytes"
+            )
         self.length = length
 
     def adopt(self, tensors: dict[str, Tensor], length: int, dtype: torch.dtype) -> None:
@@ -185,6 +214,22 @@ class KVBuffer:
         if self.kv_dtype is not None:
             self._kernels = self._resolve(self.kv_dtype, self.keys, self.values)
 
+    def take_tokens(self, keep: Tensor, capacity: int) -> None:
+        """Hold only the tokens at `keep` [B, Hkv, N] int64, ascending, and have room for `capacity` of them.
+
+        Works in place where the capacity stays, else one stored tensor at a time.
+        """
+        for name in self._stored:
+            held = self._stored[name]
+            if capacity != held.shape[2]:
+                self._stored[name] = room((*held.shape[:2], capacity, *held.shape[3:]), held.dtype, held.device)
+            # head by head: what is picked is a copy, and need not be one of the whole layer
+            for row, own in enumerate(keep):
+                for head, tokens in enumerate(own):
+                    self._stored[name][row, head, : len(tokens)] = held[row, head].index_select(0, tokens)
+        self.evicted += self.length - keep.shape[2]
+        self.length = self._settled = keep.shape[2]
+
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` [B'] int64 held: reorder, repeat or select rows."""
         for name in self._stored:
@@ -193,6 +238,9 @@ class KVBuffer:
             if len(rows) != held.shape[0]:
                 self._stored[name] = held = room((len(rows), *held.shape[1:]), held.dtype, held.device)
             held[:, :, : self.length] = taken
+
+    def _room(self, tokens: int, more: int) -> int:
+        return tokens + more if self.limit is None else max(tokens, min(tokens + more, self.limit))
 
     def _view(self, name: str, low: int, high: int) -> Tensor | Packed:
         if not self._stored:

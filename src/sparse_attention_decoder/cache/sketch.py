@@ -18,9 +18,12 @@ class Sketch:
     The fit depends on the row's length alone, not on how it got there, so appending one by one,
     appending at once and truncating back all leave the same codes. Packed keys are fitted and coded
     as they are stored, never as they came, for the same reason.
+
+    limit: tokens beyond which it does not grow ahead of need; None for none.
     """
 
     def __init__(self, kernels: Kernels, sinks: int) -> None:
+        self.limit: int | None = None
         self._kernels = kernels
         self._sinks = sinks
         self.reset()
@@ -39,6 +42,15 @@ class Sketch:
         """Codes, factors and statistics; those of the first `length` tokens are valid after `catch_up`."""
         assert self._coded is not None
         return self._coded
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, room for tokens to come included."""
+        if self._coded is None:
+            return 0
+        statistics = self._coded.statistics
+        parts = (self._coded.codes, self._coded.factors, statistics.mean, statistics.deviation)
+        return sum(part.nbytes for part in parts)
 
     def catch_up(self, keys: Tensor | Packed, rows: Rows, needed: int) -> None:
         """Cover at least the first `needed` of the keys [B, Hkv, T, D].
@@ -127,8 +139,12 @@ class Sketch:
         batch, heads, tokens, dim = keys.shape
         work = torch.float64 if keys.dtype == torch.float64 else torch.float32
         mean = torch.zeros(batch, heads, dim, dtype=work, device=keys.device)
-        self._coded = Coded.room(tokens + tokens // 2, Statistics(mean, torch.ones_like(mean)))
+        self._coded = Coded.room(self._room(tokens), Statistics(mean, torch.ones_like(mean)))
         self._fitted, self._reach = [-1] * batch, [0] * batch
+
+    def _room(self, tokens: int) -> int:
+        more = tokens + tokens // 2
+        return more if self.limit is None else max(tokens, min(more, self.limit))
 
     def _fit_row(self, row: int, keys: Tensor | Packed, rows: Rows, tokens: int) -> None:
         if rows.valid is None:
@@ -146,7 +162,7 @@ class Sketch:
     def _encode(self, keys: Tensor | Packed, rows: Rows) -> None:
         total, coded = keys.shape[2], self.coded
         if total > coded.factors.shape[2]:
-            coded = Coded.room(total + total // 2, coded.statistics)
+            coded = Coded.room(self._room(total), coded.statistics)
             blocks = self.coded.codes.shape[2]
             coded.codes[:, :, :blocks] = self.coded.codes
             coded.factors[:, :, : self.coded.factors.shape[2]] = self.coded.factors

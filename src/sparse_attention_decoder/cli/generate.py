@@ -1,5 +1,6 @@
 """generate and demo: text in, text out, and how sparse compares with dense on it."""
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,8 @@ from sparse_attention_decoder.tables import POLICIES
 if TYPE_CHECKING:
     from sparse_attention_decoder.decoder import SparseAttention
     from sparse_attention_decoder.measure.compare import Comparison, Side
+    from sparse_attention_decoder.models.cache import SparseCache
+    from sparse_attention_decoder.selection import Held
 
 _DEFAULTS = AttentionConfig()
 
@@ -32,6 +35,20 @@ BelowOption = Annotated[
         "--dense-below", help="Contexts shorter than this are read whole; auto: until sparse is measured to be faster."
     ),
 ]
+
+CacheTokensOption = Annotated[
+    int | None,
+    typer.Option("--max-cache-tokens", help="Tokens held per layer and KV head at most; what is beyond is evicted."),
+]
+CacheBytesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-cache-bytes",
+        help="Bytes that keys, values and sketch may take, such as 200MB: precision goes first, then tokens.",
+    ),
+]
+_UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 
 
 def generate(
@@ -53,6 +70,8 @@ def generate(
     sinks: SinksOption = _DEFAULTS.sink_tokens,
     policy: PolicyOption = _DEFAULTS.policy,
     dense_below: BelowOption = "auto",
+    max_cache_tokens: CacheTokensOption = None,
+    max_cache_bytes: CacheBytesOption = None,
     dense: Annotated[bool, typer.Option("--dense", help="Read everything: the baseline.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Decode greedily both ways and compare speed, KV bytes read and tokens.")
@@ -67,25 +86,31 @@ def generate(
       sparse-decoder generate --file report.txt "What does the report conclude?"
 
       cat report.txt | sparse-decoder generate --raw -n 64 --compare
+
+      sparse-decoder generate --file long.txt --max-cache-bytes 100MB "What happens in the end?"
     """
     text = _prompt(prompt, file)
     if dense and compare:
         raise InputError("--dense and --compare exclude each other: --compare runs dense and sparse")
     config = AttentionConfig(
-        top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=dense_below_of(dense_below)
-    )
-    decoder = load_model(model, config, weights)
+        top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=dense_below_of(dense_below),
+        max_cache_tokens=max_cache_tokens, max_cache_bytes=_bytes(max_cache_bytes),
+    )  # fmt: skip
+    decoder, chat = load_model(model, config, weights), False if raw else None
     if compare:
-        _show(_compare(decoder, text, False if raw else None, max_new_tokens))
+        _show(_compare(decoder, text, chat, max_new_tokens))
         return
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    cache = _cache(decoder)
     with progress_bar("reading the prompt", "tokens") as on_prefill:
-        pieces = decoder.stream(text, max_new_tokens, False if raw else None, on_prefill, **sampling)
+        pieces = decoder.stream(text, max_new_tokens, chat, on_prefill, past_key_values=cache, **sampling)
         first = next(pieces, "")
     print(first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+    if config.is_capped:
+        _show_held(cache.held)
 
 
 def demo(
@@ -118,6 +143,28 @@ def dense_below_of(text: str) -> int | None:
     return int(text)
 
 
+def _bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
+    if found is None or found[2] not in _UNITS:
+        raise InputError(f"--max-cache-bytes is {text!r}; expected a number of bytes such as 200MB, 1.5GB or 512MiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _cache(decoder: "SparseAttention") -> "SparseCache":
+    from sparse_attention_decoder.models.cache import SparseCache
+
+    return SparseCache(decoder.model.config, decoder.config)
+
+
+def _show_held(held: "Held") -> None:
+    console.print(
+        f"cache: {held.bytes_now / 1e6:.1f} MB held, {held.bytes_most / 1e6:.1f} MB at most, in "
+        f"{' and '.join(sorted({*held.kept_as}))}; of {held.tokens_seen} tokens {held.tokens_evicted} were evicted"
+    )
+
+
 def _prompt(prompt: str | None, file: Path | None) -> str:
     parts = []
     if file is not None:
@@ -137,6 +184,8 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 def _compare(decoder: "SparseAttention", text: str, chat: bool | None, max_new_tokens: int) -> "Comparison":
     from sparse_attention_decoder.measure.compare import side_by_side
 
+    if decoder.config.is_capped:
+        raise InputError("--compare holds the context three times over; leave --max-cache-tokens and -bytes out of it")
     ids = decoder.prompt_ids(text, chat)
     decoder.check_ids(ids, new_tokens=max_new_tokens)
     with progress_bar("reading the prompt", "tokens") as on_prefill, console.status("") as status:

@@ -15,7 +15,6 @@ from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sparse_attention_decoder.attention import decode_step
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import NonFiniteError, UnsupportedError
 from sparse_attention_decoder.models import compiled, families
@@ -170,10 +169,10 @@ def sparse_attention_forward(
             seen = _rows(query.shape[0], key.shape[2], attention_mask)
             if seen is not None:
                 layer.state.see(query, seen, scale)
+        if layer is not None and layer.state.cap is not None:
+            layer.fit(query, _countable(query, key, attention_mask), scale)
         return output
-    decoded = decode_step(query[:, :, 0], layer.state, rows, scale)
-    layer.last = (query[:, :, 0].detach(), rows, scale, decoded)
-    return decoded.output.unsqueeze(1), None
+    return layer.decode(query[:, :, 0].detach(), rows, scale).unsqueeze(1), None
 
 
 def _require_numbers(module: nn.Module, key: Tensor, value: Tensor) -> None:
@@ -231,6 +230,13 @@ def _is_causal(mask: Tensor | None) -> bool:
         known = bool((mask == torch.ones(count, total, dtype=torch.bool).tril(total - count)).all())
         setattr(mask, CAUSAL_TAG, known)
     return known
+
+
+def _countable(query: Tensor, key: Tensor, mask: Tensor | None) -> Rows:
+    rows = _rows(query.shape[0], key.shape[2], mask)
+    if rows is None:
+        raise UnsupportedError("a capped cache has to know what a mask hides; pass a 2-D padding mask, or use no cap")
+    return rows
 
 
 def _give_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from sparse_attention_decoder.attention import Decoded, LayerState
+from sparse_attention_decoder.attention import Decoded, LayerState, decode_step
+from sparse_attention_decoder.cache import Account, KVBuffer
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
 from sparse_attention_decoder.kernels import Packed, stored_bytes
 from sparse_attention_decoder.policies import resolve
-from sparse_attention_decoder.selection import Reads, Rows
+from sparse_attention_decoder.selection import Held, Reads, Rows
 
 # how the attention function finds the layer behind a key tensor: no globals, safe with many caches and threads
 LAYER_TAG = "_sparse_layer"
@@ -32,11 +33,13 @@ class SparseLayer(DynamicLayer):
     included, and what cannot do that shows at once.
     """
 
-    def __init__(self, config: AttentionConfig) -> None:
+    def __init__(self, config: AttentionConfig, account: Account | None = None) -> None:
         super().__init__()
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self.state = LayerState(config)
+        self.state = LayerState(config, account)
+        # with a cap a rollback may come after what it would need has been evicted
+        self.is_croppable = not config.is_capped
         # whether the newest views are NaN in place of the history
         self.hides = False
         # the newest decode step, for traces: query [B, Hq, D], rows, scaling and the result
@@ -54,7 +57,7 @@ class SparseLayer(DynamicLayer):
         past, under_autograd = self.state.buffer.length, key_states.requires_grad or value_states.requires_grad
         # our own views would keep the old memory where the buffer grows
         self.keys = self.values = None
-        self.state.buffer.append(key_states, value_states)
+        self.state.append(key_states, value_states)
         self._refresh()
         self.hides = self.state.buffer.kv_dtype is not None and key_states.shape[2] == 1 and not under_autograd
         # views of their own: a layer would hold itself through those that it keeps
@@ -75,8 +78,27 @@ class SparseLayer(DynamicLayer):
         return self.state.buffer.plain_keys, self.state.buffer.plain_values
 
     def get_seq_length(self) -> int:
-        """Cached tokens, padding included."""
-        return self.state.buffer.length
+        """Tokens seen, padding and what a cap has evicted included: positions go on counting."""
+        return self.state.buffer.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Tokens held when so many more have come, and how many positions a mask leaves out before them."""
+        return self.state.buffer.length + query_length, self.state.buffer.evicted
+
+    def decode(self, query: Tensor, rows: Rows, scaling: float) -> Tensor:
+        """One decode step: attention [B, Hq, Dv] of queries [B, Hq, D] of the newest token, which is held already."""
+        decoded = decode_step(query, self.state, rows, scaling)
+        self.last = (query, rows, scaling, decoded)
+        self.fit(query.unsqueeze(2), rows, scaling)
+        return decoded.output
+
+    def fit(self, queries: Tensor, rows: Rows, scaling: float) -> None:
+        """Queries [B, Hq, N, D] of the newest N tokens were attended: make room if a cap is reached."""
+        if self.state.cap is not None:
+            # our own views would keep memory that is given back
+            self.keys = self.values = None
+            self.state.fit(queries, rows, scaling)
+            self._refresh()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; the count is negative or 0, as transformers asks since 5.15."""
@@ -116,7 +138,7 @@ class SparseLayer(DynamicLayer):
 
     prefetch = offload
 
-    def reconfigured(self, config: AttentionConfig) -> "SparseLayer":
+    def reconfigured(self, config: AttentionConfig, account: Account | None = None) -> "SparseLayer":
         """A layer over the same buffer that reads it as `config` says, with what the prompt's witness saw.
 
         Raises:
@@ -127,7 +149,7 @@ class SparseLayer(DynamicLayer):
                 f"kv_dtype {config.kv_dtype!r} cannot read a cache of kv_dtype {self.state.config.kv_dtype!r}; "
                 "read the prompt anew under that config"
             )
-        other = SparseLayer(config)
+        other = SparseLayer(config, account)
         if self.state.witness is not None:
             # shallow: from here on each sees its own steps
             other.state.witness = copy.copy(self.state.witness)
@@ -167,13 +189,15 @@ class SparseCache(DynamicCache):
             keep transformers' own cache layers.
         config: what a decode step reads.
     Everything a transformers cache does works and keeps the sketch in step: crop, reorder_cache,
-    batch_repeat_interleave, batch_select_indices, reset. `reads` says what was read.
+    batch_repeat_interleave, batch_select_indices, reset. `reads` says what was read, `held` what is held.
     """
 
     def __init__(self, model_config: PreTrainedConfig, config: AttentionConfig) -> None:
         super().__init__(config=model_config)
+        ours = [type(layer) is DynamicLayer for layer in self.layers]
+        self._account = Account(sum(ours))
         self.layers: list[Any] = [
-            SparseLayer(config) if type(layer) is DynamicLayer else layer for layer in self.layers
+            SparseLayer(config, self._account) if own else layer for own, layer in zip(ours, self.layers, strict=True)
         ]
         self.config = config
 
@@ -216,13 +240,21 @@ class SparseCache(DynamicCache):
         """
         other = copy.copy(self)
         other.config = config
+        other._account = Account(len(self.sparse_layers))
         other.layers = [
-            layer.reconfigured(config) if isinstance(layer, SparseLayer) else layer for layer in self.layers
+            layer.reconfigured(config, other._account) if isinstance(layer, SparseLayer) else layer
+            for layer in self.layers
         ]
         return other
 
     def to_stock(self, model_config: PreTrainedConfig) -> DynamicCache:
-        """A copy as the dynamic cache that transformers makes by itself, for baselines."""
+        """A copy as the dynamic cache that transformers makes by itself, for baselines.
+
+        Raises:
+            UnsupportedError: tokens were evicted, which that cache could not tell from tokens never seen.
+        """
+        if self.held.tokens_evicted:
+            raise UnsupportedError("tokens were evicted from this cache; a stock cache holds all it has seen or none")
         stock = DynamicCache(config=model_config)
         for number, layer in enumerate(self.layers):
             if not isinstance(layer, SparseLayer):
@@ -244,6 +276,15 @@ class SparseCache(DynamicCache):
         for layer in self.sparse_layers:
             total.add(layer.state.reads)
         return total
+
+    @property
+    def held(self) -> Held:
+        """What is held now, and what a cap has cost so far."""
+        states = [layer.state for layer in self.sparse_layers]
+        first = states[0].buffer if states else KVBuffer()
+        now = sum(state.nbytes for state in states)
+        kept_as = tuple(state.buffer.kept_as for state in states)
+        return Held(first.seen, first.length, first.demoted, first.evicted, now, max(now, self._account.most), kept_as)
 
 
 def token_bytes(model_config: PreTrainedConfig, kv_dtype: str | None, dtype: torch.dtype) -> int:

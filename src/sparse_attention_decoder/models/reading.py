@@ -10,6 +10,7 @@ from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.static import StaticSparseCache
 
+# tokens of a prompt read at once where memory is bounded
 PREFILL_CHUNK = 1024
 CAPACITY_STEP = 4096
 # an answer of the usual length
@@ -54,3 +55,12 @@ def read_into_static(
         # two tokens are left to generate: one alone would be a decode step
         read_into(model, ids[:, :-2], cache, on_progress)
     return cache
+
+
+def chunking(config: AttentionConfig, tokens: int) -> dict[str, int]:
+    """What to tell `generate` so that a prompt of so many tokens does not pass the cap by more than a chunk."""
+    most = PREFILL_CHUNK if config.max_cache_tokens is None else max(PREFILL_CHUNK, config.max_cache_tokens)
+    if not config.is_capped or tokens <= most:
+        return {}
+    # a last chunk of one token would be a decode step, and read sparsely
+    return {"prefill_chunk_size": PREFILL_CHUNK + int(tokens % PREFILL_CHUNK == 1)}

@@ -10,7 +10,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 
 from sparse_attention_decoder.cache.static import Shared, StaticTokens
 from sparse_attention_decoder.config import AttentionConfig
-from sparse_attention_decoder.errors import UnsupportedError
+from sparse_attention_decoder.errors import ConfigError, UnsupportedError
 from sparse_attention_decoder.models.cache import LAYER_TAG, STOCK_TAG
 from sparse_attention_decoder.selection import Reads
 
@@ -116,9 +116,17 @@ class StaticSparseCache(StaticCache):
         capacity: tokens it can hold, prompt and answer together.
     The prompt's mask says which tokens on the left are padding; masks of decode steps are not looked at.
     A token more than it can hold has no place: its output is NaN. `reads` says what was read.
+
+    Raises:
+        ConfigError: a config with a cap of its own.
     """
 
     def __init__(self, model_config: PreTrainedConfig, config: AttentionConfig, capacity: int) -> None:
+        if config.is_capped:
+            raise ConfigError(
+                "max_cache_tokens and max_cache_bytes do not work with a static cache, which moves nothing it holds; "
+                f"its capacity of {capacity} tokens is its cap. Use SparseCache, or no compile=True"
+            )
         super().__init__(config=model_config, max_cache_len=capacity)
         shared, ours = Shared(), [type(layer) is StaticLayer for layer in self.layers]
         self.layers: list[Any] = [

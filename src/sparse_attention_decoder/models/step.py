@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from sparse_attention_decoder.attention import decode_step
 from sparse_attention_decoder.kernels.cpu import NAMESPACE
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.selection import Rows
@@ -28,9 +27,8 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: floa
     own = _running.cache.layers[layer]
     own.update(key, value)
     rows = Rows.full(query.shape[0], own.state.buffer.length)
-    decoded = decode_step(query[:, :, 0], own.state, rows, scaling)
-    own.last = (query[:, :, 0], rows, scaling, decoded)
-    return decoded.output.unsqueeze(1)
+    output: Tensor = own.decode(query[:, :, 0], rows, scaling).unsqueeze(1)
+    return output
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
