@@ -2,8 +2,10 @@
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import mmap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ class LeanReader(gguf.GGUFReader):
 
     def _get(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.data, np.memmap):
+            self.mapping = self.data._mmap
             self.data = self.data.view(np.ndarray)
         return super()._get(*args, **kwargs)
 
@@ -39,11 +42,16 @@ class GgufWeight:
 
     data: Any
     kind: Kind
+    # tells the system that what was read of the file is not needed in memory any more
+    release: Callable[[], object]
 
     def rows(self, start: int, stop: int | None) -> Tensor:
         """Rows in float32; all of them from 0 to None."""
         part = self.data[start:stop]
-        return torch.from_numpy(np.ascontiguousarray(quants.dequantize(part, self.kind), np.float32))
+        # a copy: what is plain already would be a view of the file, which cannot be written
+        found = torch.from_numpy(np.array(quants.dequantize(part, self.kind), np.float32))
+        self.release()
+        return found
 
     def groups(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """Rows in groups of 32 as `Int4Linear.fill_codes` takes them; None where the file has them in no such form."""
@@ -52,6 +60,7 @@ class GgufWeight:
             return None
         part = self.data[start:stop]
         codes, scale, zero = unpack(part.reshape(-1, gguf.GGML_QUANT_SIZES[self.kind][1]))
+        self.release()
         return (
             torch.from_numpy(codes.astype(np.int32)).view(stop - start, -1, GROUP),
             torch.from_numpy(scale.astype(np.float32)).view(stop - start, -1),
@@ -83,8 +92,14 @@ def weights_of(file: Path, model: PreTrainedModel) -> Mapping[str, GgufWeight] |
             if len(tensor.shape) == 1:
                 data, kind = quants.dequantize(data, kind), Kind.F32
             done = processor.process(weights=data, name=tensor.name, tensor_key_mapping=names)
-            found[names[tensor.name]] = GgufWeight(done.weights, kind)
+            found[names[tensor.name]] = GgufWeight(done.weights, kind, partial(_release, source))
     return found
+
+
+def _release(source: Any) -> None:
+    # another reader, or a system without it: then what was read counts as memory of this process
+    if hasattr(mmap, "MADV_DONTNEED") and hasattr(source, "mapping"):
+        source.mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _half(blocks: Any, at: int) -> Any:

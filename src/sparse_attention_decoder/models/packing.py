@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from sparse_attention_decoder.errors import ConfigError, ModelLoadError, UnsupportedError
+from sparse_attention_decoder.errors import ConfigError, ModelLoadError, SparseAttentionError, UnsupportedError
 from sparse_attention_decoder.models import gguf_file
 from sparse_attention_decoder.models.conversion import GGUF_ERRORS, check_gguf
 from sparse_attention_decoder.models.kept import identity, keep, reason
@@ -66,6 +66,8 @@ def load_packed(
                 config.save_pretrained(draft)
             model = _empty(config, model_kwargs)
             found = gguf_file.weights_of(files[0], model) if is_gguf else safetensors_of(files[1:])
+        except SparseAttentionError:
+            raise
         except GGUF_ERRORS as error:
             raise ModelLoadError(f"cannot load the causal language model {place}: {reason(error)}") from error
         _write(draft / _FILE, model, weights, found or {}, stage, load_whole)
