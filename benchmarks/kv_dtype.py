@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder import AttentionConfig, SparseAttention
-from sparse_attention_decoder.models.cache import token_bytes
+from sparse_attention_decoder.models.memory import token_bytes
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ from sparse_attention_decoder.attention import decode_step
 from sparse_attention_decoder.cache.static import StaticTokens
 from sparse_attention_decoder.errors import ConfigError, UnsupportedError
 from sparse_attention_decoder.kernels import Packed, stored_bytes
-from sparse_attention_decoder.models.cache import token_bytes
+from sparse_attention_decoder.models.memory import token_bytes
 from sparse_attention_decoder.selection import Rows
 from sparse_attention_decoder.tables import KV_BITS, POLICIES
 

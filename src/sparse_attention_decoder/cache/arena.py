@@ -6,7 +6,11 @@ import mmap
 import torch
 from torch import Tensor
 
+from sparse_attention_decoder.kernels import Packed
+
 HUGE_PAGE = 2 << 20
+# what is stored, and where its scales are if it is packed
+SCALES = {"keys": "key_scales", "values": "value_scales"}
 
 
 def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -25,3 +29,20 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Te
         whole = torch.frombuffer(mapping, dtype=torch.uint8)
         start = -whole.data_ptr() % HUGE_PAGE
         return whole[start : start + size].view(dtype).view(shape)
+
+
+def allocate(name: str, like: Tensor | Packed, tokens: int, kv_dtype: str | None) -> dict[str, Tensor]:
+    """Room for `tokens` keys or values [B, Hkv, .., D] like these, by name: one tensor, or codes and scales."""
+    batch, heads, _, dim = like.shape
+    if kv_dtype is None:
+        return {name: room((batch, heads, tokens, dim), like.dtype, like.device)}
+    width, dtype = Packed.storage(dim, kv_dtype)
+    return {
+        name: room((batch, heads, tokens, width), dtype, like.device),
+        SCALES[name]: room((batch, heads, tokens), torch.float16, like.device),
+    }
+
+
+def packed_view(stored: dict[str, Tensor], name: str, low: int, high: int, dtype: torch.dtype) -> Packed:
+    """Tokens low .. high - 1 of what `allocate` made room for, standing for tensors of `dtype`."""
+    return Packed(stored[name][:, :, low:high], stored[SCALES[name]][:, :, low:high], dtype)

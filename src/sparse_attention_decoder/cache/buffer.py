@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from sparse_attention_decoder.cache.arena import room
+from sparse_attention_decoder.cache.arena import SCALES, allocate, packed_view, room
 from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
 from sparse_attention_decoder.kernels import Kernels, Packed, Request, plain, resolve, stored_bytes
 from sparse_attention_decoder.tables import KV_BITS
 
-_NAMES = ("keys", "values", "key_scales", "value_scales")
+_NAMES = (*SCALES, *SCALES.values())
 # tokens packed anew at a time, when a cache is converted
 _PIECE = 4096
 
@@ -42,6 +42,8 @@ class KVBuffer:
         self._reserved = 0
         # keys and values, and where they are packed key_scales and value_scales; tokens are the third axis of each
         self._stored: dict[str, Tensor] = {}
+        # views of all that is held, made once a step; dropped by whatever changes it
+        self._views: dict[str, Tensor | Packed] = {}
         self._dtype = torch.float32
         self._kernels: Kernels | None = None
 
@@ -80,12 +82,12 @@ class KVBuffer:
     @property
     def keys(self) -> Tensor | Packed:
         """View [B, Hkv, T, D] of the keys held now, as kernels take it; a later append may leave it behind."""
-        return self._view("keys", 0, self.length)
+        return self._whole("keys")
 
     @property
     def values(self) -> Tensor | Packed:
         """View [B, Hkv, T, Dv] of the values held now."""
-        return self._view("values", 0, self.length)
+        return self._whole("values")
 
     @property
     def plain_keys(self) -> Tensor:
@@ -127,9 +129,10 @@ class KVBuffer:
                 self._kernels = self._resolve(self.kv_dtype, keys, values)
             tokens = self._room(count, max(0, self._reserved - count) if self._reserved else count // 2)
             for name, like in (("keys", keys), ("values", values)):
-                self._stored.update(_allocate(name, like, tokens, self.kv_dtype))
+                self._stored.update(allocate(name, like, tokens, self.kv_dtype))
         self._check_fits("keys", keys, self.keys)
         self._check_fits("values", values, self.values)
+        self._views.clear()
         needed = self.length + count
         if needed > self.capacity:
             self._grow(max(needed, self._room(self.capacity, self.capacity // 2)))
@@ -145,6 +148,7 @@ class KVBuffer:
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, so that what is appended up to there is never copied."""
         self._reserved = tokens
+        self._views.clear()
         if self._stored and tokens > self.capacity:
             self._grow(self._room(self.capacity, tokens - self.capacity))
 
@@ -163,16 +167,17 @@ class KVBuffer:
             )
         if self._stored:
             self._kernels = kernels = self._resolve(kv_dtype, self.keys, self.values)
+            self._views.clear()
             fresh: dict[str, Tensor] = {}
             for name in ("keys", "values"):
                 old = self._view(name, 0, self.length)
-                fresh.update(_allocate(name, old, self.capacity if not fresh else fresh["keys"].shape[2], kv_dtype))
-                new = _packed(fresh, name, 0, self.length, self._dtype)
+                fresh.update(allocate(name, old, self.capacity if not fresh else fresh["keys"].shape[2], kv_dtype))
+                new = packed_view(fresh, name, 0, self.length, self._dtype)
                 for start in range(0, self.length, _PIECE):
                     piece = slice(start, start + _PIECE)
                     kernels.pack(plain(old[:, :, piece]), new[:, :, piece])
                 del old
-                for part in (name, _scales(name)):
+                for part in (name, SCALES[name]):
                     self._stored.pop(part, None)
             self._stored = fresh
         self.demoted += self.length
@@ -192,6 +197,7 @@ class KVBuffer:
                 f"cannot go back by {self.length - length} tokens: {self.evicted} were evicted to stay below the cap, "
                 f"the last of them {self.length - self._settled} tokens ago; raise max_cache_tokens or max_cache_bytes"
             )
+        self._views.clear()
         self.length = length
 
     def adopt(self, tensors: dict[str, Tensor], length: int, dtype: torch.dtype) -> None:
@@ -204,6 +210,7 @@ class KVBuffer:
         """
         stored = {name: held for name, held in tensors.items() if name in _NAMES}
         forms = {Packed.storage(8, name)[1]: name for name in KV_BITS}
+        self._views.clear()
         self._stored, self.kv_dtype = stored, forms.get(stored["keys"].dtype)
         self._dtype = stored["keys"].dtype if self.kv_dtype is None else dtype
         self._check_pair(stored["keys"], stored["values"])
@@ -219,6 +226,7 @@ class KVBuffer:
 
         Works in place where the capacity stays, else one stored tensor at a time.
         """
+        self._views.clear()
         for name in self._stored:
             held = self._stored[name]
             if capacity != held.shape[2]:
@@ -232,6 +240,7 @@ class KVBuffer:
 
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` [B'] int64 held: reorder, repeat or select rows."""
+        self._views.clear()
         for name in self._stored:
             held = self._stored[name]
             taken = held[:, :, : self.length].index_select(0, rows.to(held.device))
@@ -242,11 +251,16 @@ class KVBuffer:
     def _room(self, tokens: int, more: int) -> int:
         return tokens + more if self.limit is None else max(tokens, min(tokens + more, self.limit))
 
+    def _whole(self, name: str) -> Tensor | Packed:
+        if name not in self._views:
+            self._views[name] = self._view(name, 0, self.length)
+        return self._views[name]
+
     def _view(self, name: str, low: int, high: int) -> Tensor | Packed:
         if not self._stored:
             raise ShapeError("the cache is empty; append keys and values before reading them")
         if self.kv_dtype is not None:
-            return _packed(self._stored, name, low, high, self._dtype)
+            return packed_view(self._stored, name, low, high, self._dtype)
         return self._stored[name][:, :, low:high]
 
     def _resolve(self, kv_dtype: str, keys: Tensor | Packed, values: Tensor | Packed) -> Kernels:
@@ -276,22 +290,3 @@ class KVBuffer:
             raise ShapeError(
                 f"{name} to append are {new.dtype} on {new.device}; the cache holds {held.dtype} on {held.device}"
             )
-
-
-def _scales(name: str) -> str:
-    return {"keys": "key_scales", "values": "value_scales"}[name]
-
-
-def _packed(stored: dict[str, Tensor], name: str, low: int, high: int, dtype: torch.dtype) -> Packed:
-    return Packed(stored[name][:, :, low:high], stored[_scales(name)][:, :, low:high], dtype)
-
-
-def _allocate(name: str, like: Tensor | Packed, tokens: int, kv_dtype: str | None) -> dict[str, Tensor]:
-    batch, heads, _, dim = like.shape
-    if kv_dtype is None:
-        return {name: room((batch, heads, tokens, dim), like.dtype, like.device)}
-    width, dtype = Packed.storage(dim, kv_dtype)
-    return {
-        name: room((batch, heads, tokens, width), dtype, like.device),
-        _scales(name): room((batch, heads, tokens), torch.float16, like.device),
-    }

@@ -7,6 +7,7 @@ Nothing is fitted, so a token is stored the same whatever came before it. docs/e
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,12 +46,13 @@ class Packed:
         """Length and dtype of a token's codes."""
         return (dim, torch.int8) if KV_BITS[kv_dtype] == 8 else (dim // 2, torch.uint8)
 
-    @property
+    # looked up many times a step
+    @cached_property
     def bits(self) -> int:
         """Bits of a channel: 8 or 4."""
         return 8 if self.codes.dtype == torch.int8 else 4
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """Of the tensor it stands for."""
         return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits))

@@ -14,7 +14,7 @@ from sparse_attention_decoder.attention import Decoded, LayerState, decode_step
 from sparse_attention_decoder.cache import Account, KVBuffer
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
-from sparse_attention_decoder.kernels import Packed, stored_bytes
+from sparse_attention_decoder.kernels import Packed
 from sparse_attention_decoder.policies import resolve
 from sparse_attention_decoder.selection import Held, Reads, Rows
 
@@ -35,8 +35,6 @@ class SparseLayer(DynamicLayer):
 
     def __init__(self, config: AttentionConfig, account: Account | None = None) -> None:
         super().__init__()
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
         self.state = LayerState(config, account)
         # with a cap a rollback may come after what it would need has been evicted
         self.is_croppable = not config.is_capped
@@ -50,25 +48,50 @@ class SparseLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, Hkv, N, D]; return views [B, Hkv, T, D] of all held."""
+    # other code reads these; made when asked for, as views that are kept would keep the memory of a buffer that grew
+    @property
+    def keys(self) -> Tensor | None:
+        """View [B, Hkv, T, D] of the keys held, NaN where they are packed; None before the first."""
+        return _numbers_or_nan(self.state.buffer.keys) if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, none: None) -> None:
+        """Transformers sets None where a layer begins."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """View [B, Hkv, T, Dv] of the values held, as `keys`."""
+        return _numbers_or_nan(self.state.buffer.values) if self.is_initialized else None
+
+    @values.setter
+    def values(self, none: None) -> None:
+        """Transformers sets None where a layer begins."""
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Add keys and values [B, Hkv, N, D] behind those held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past, under_autograd = self.state.buffer.length, key_states.requires_grad or value_states.requires_grad
-        # our own views would keep the old memory where the buffer grows
-        self.keys = self.values = None
         self.state.append(key_states, value_states)
-        self._refresh()
-        self.hides = self.state.buffer.kv_dtype is not None and key_states.shape[2] == 1 and not under_autograd
-        # views of their own: a layer would hold itself through those that it keeps
-        keys, values = self._hidden() if self.hides else self.plain()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, Hkv, N, D]; return views [B, Hkv, T, D] of all held."""
+        past, under_autograd = self.state.buffer.length, key_states.requires_grad or value_states.requires_grad
+        self.append(key_states, value_states)
+        buffer = self.state.buffer
+        self.hides = buffer.kv_dtype is not None and key_states.shape[2] == 1 and not under_autograd
+        if self.hides:
+            keys, values = _numbers_or_nan(buffer.keys), _numbers_or_nan(buffer.values)
+        else:
+            keys, values = self.plain()
         if under_autograd:
             # the buffer keeps numbers, not graphs: under autograd the new tokens are handed on as they came
             keys = torch.cat([keys[:, :, :past], key_states], dim=2)
             values = torch.cat([values[:, :, :past], value_states], dim=2)
-        elif self.state.buffer.kv_dtype is not None and not self.hides:
+        elif buffer.kv_dtype is not None and not self.hides:
             # a prompt attends to its own newest tokens as they are: rounded, errors would add up from layer to layer
             keys[:, :, past:], values[:, :, past:] = key_states, value_states
+        # views of their own: a buffer would hold its layer through those that it keeps
+        keys, values = keys.view_as(keys), values.view_as(values)
         for view in (keys, values):
             setattr(view, LAYER_TAG, self)
         return keys, values
@@ -95,10 +118,7 @@ class SparseLayer(DynamicLayer):
     def fit(self, queries: Tensor, rows: Rows, scaling: float) -> None:
         """Queries [B, Hq, N, D] of the newest N tokens were attended: make room if a cap is reached."""
         if self.state.cap is not None:
-            # our own views would keep memory that is given back
-            self.keys = self.values = None
             self.state.fit(queries, rows, scaling)
-            self._refresh()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; the count is negative or 0, as transformers asks since 5.15."""
@@ -106,19 +126,17 @@ class SparseLayer(DynamicLayer):
             raise ShapeError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove")
         if self.is_initialized:
             self.state.truncate(self.state.buffer.length + tokens_to_remove)
-            self._refresh()
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
         self.state.reset()
-        self.keys, self.values, self.last, self.hides = None, None, None, False
+        self.last, self.hides = None, False
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i hold what row `beam_idx[i]` held."""
         if self.get_seq_length() > 0:
             self.state.take_rows(beam_idx)
-            self._refresh()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
@@ -157,23 +175,11 @@ class SparseLayer(DynamicLayer):
         if self.is_initialized:
             other.dtype, other.device, other.is_initialized = self.dtype, self.device, True
             other.state.buffer = self.state.buffer
-            other._refresh()
         return other
-
-    def _refresh(self) -> None:
-        # other code reads these; untagged, so that no layer holds itself through its own view
-        self.keys, self.values = self._hidden()
-
-    def _hidden(self) -> tuple[Tensor, Tensor]:
-        keys, values = self.state.buffer.keys, self.state.buffer.values
-        return _numbers_or_nan(keys), _numbers_or_nan(values)
 
     def convert(self, kv_dtype: str) -> None:
         """Keep keys and values in fewer bits from now on, see `KVBuffer.convert`."""
-        self.keys = self.values = None
         self.state.convert(kv_dtype)
-        if self.is_initialized:
-            self._refresh()
 
 
 def _numbers_or_nan(x: Tensor | Packed) -> Tensor:
@@ -285,16 +291,3 @@ class SparseCache(DynamicCache):
         now = sum(state.nbytes for state in states)
         kept_as = tuple(state.buffer.kept_as for state in states)
         return Held(first.seen, first.length, first.demoted, first.evicted, now, max(now, self._account.most), kept_as)
-
-
-def token_bytes(model_config: PreTrainedConfig, kv_dtype: str | None, dtype: torch.dtype) -> int:
-    """Bytes that keys and values of one token take in all full-attention layers of a model, scales included.
-
-    Args:
-        dtype: of the model; with kv_dtype None keys and values are kept in it.
-    """
-    text: Any = model_config.get_text_config(decoder=True)
-    layers = len(SparseCache(model_config, AttentionConfig()).sparse_layers)
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * layers * int(heads) * stored_bytes(int(dim), kv_dtype, dtype)

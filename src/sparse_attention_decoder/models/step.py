@@ -25,7 +25,7 @@ _library.define("decode(Tensor query, Tensor key, Tensor value, int layer, float
 
 def _decode(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
     own = _running.cache.layers[layer]
-    own.update(key, value)
+    own.append(key, value)
     rows = Rows.full(query.shape[0], own.state.buffer.length)
     output: Tensor = own.decode(query[:, :, 0], rows, scaling).unsqueeze(1)
     return output
