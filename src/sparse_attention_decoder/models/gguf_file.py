@@ -31,7 +31,7 @@ class LeanReader(gguf.GGUFReader):
 
     def _get(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.data, np.memmap):
-            self.mapping = self.data._mmap
+            self.mapping = getattr(self.data, "_mmap", None)
             self.data = self.data.view(np.ndarray)
         return super()._get(*args, **kwargs)
 
@@ -84,7 +84,8 @@ def weights_of(file: Path, model: PreTrainedModel) -> Mapping[str, GgufWeight] |
         return None
     processor = processing(config=reader.load_gguf_checkpoint(str(file), return_tensors=False)["config"])
     names = reader.get_gguf_hf_weights_map(model, processor)
-    found = {}
+    # of the mapping alone: a reader holds an object for each token of the vocabulary
+    release, found = partial(_release, getattr(source, "mapping", None)), {}
     for tensor in source.tensors:
         if tensor.name in names:
             # vectors may have their numbers changed, so they have to be numbers; of matrices only rows change places
@@ -92,14 +93,14 @@ def weights_of(file: Path, model: PreTrainedModel) -> Mapping[str, GgufWeight] |
             if len(tensor.shape) == 1:
                 data, kind = quants.dequantize(data, kind), Kind.F32
             done = processor.process(weights=data, name=tensor.name, tensor_key_mapping=names)
-            found[names[tensor.name]] = GgufWeight(done.weights, kind, partial(_release, source))
+            found[names[tensor.name]] = GgufWeight(done.weights, kind, release)
     return found
 
 
-def _release(source: Any) -> None:
-    # another reader, or a system without it: then what was read counts as memory of this process
-    if hasattr(mmap, "MADV_DONTNEED") and hasattr(source, "mapping"):
-        source.mapping.madvise(mmap.MADV_DONTNEED)
+def _release(mapping: Any) -> None:
+    # without a mapping, or on another system, what was read goes on to count as memory of this process
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _half(blocks: Any, at: int) -> Any:

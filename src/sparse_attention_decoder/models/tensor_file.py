@@ -35,15 +35,16 @@ class Weight(Protocol):
 
 
 class _Safetensor:
-    def __init__(self, file: Any, name: str) -> None:
-        self._file, self._name = file, name
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
 
     def rows(self, start: int, stop: int | None) -> Tensor:
-        if (start, stop) == (0, None):
-            whole: Tensor = self._file.get_tensor(self._name)
-            return whole
-        part: Tensor = self._file.get_slice(self._name)[start:stop]
-        return part
+        # opened for each read: what was read of a file counts as memory of this process for as long as it is mapped
+        with safe_open(self._path, framework="pt") as file:
+            found: Tensor
+            whole = (start, stop) == (0, None)
+            found = file.get_tensor(self._name) if whole else file.get_slice(self._name)[start:stop]
+            return found
 
     def groups(self, start: int, stop: int) -> None:
         return None
@@ -53,8 +54,9 @@ def safetensors_of(files: list[Path]) -> dict[str, Weight]:
     """Every weight in these files by its name, none of them read yet."""
     found: dict[str, Weight] = {}
     for path in files:
-        file: Any = safe_open(path, framework="pt")
-        found |= {name: _Safetensor(file, name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        opened: Any = safe_open(path, framework="pt")
+        with opened as file:
+            found |= {name: _Safetensor(path, name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
     return found
 
 
