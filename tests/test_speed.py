@@ -17,7 +17,7 @@ from sparse_attention_decoder.errors import InputError, WorkerError
 from sparse_attention_decoder.measure.compare import TURN
 from sparse_attention_decoder.measure.machine import forget_peak, peak_bytes, resident_bytes
 from sparse_attention_decoder.measure.record import Records, as_cell, label
-from sparse_attention_decoder.measure.speed.bench import BASELINES, Listener, Setting, Side, measure, missing
+from sparse_attention_decoder.measure.speed.bench import Listener, Setting, Side, baselines, measure, missing
 from sparse_attention_decoder.measure.speed.worker import Ours, Stock
 
 CONTEXT, ROUNDS = 60, 2
@@ -179,7 +179,7 @@ def test_a_sparse_side_that_read_everything_is_refused(directory: str) -> None:
 def test_only_what_is_missing_and_can_be_sparse_is_measured(directory: str, tmp_path: Path) -> None:
     records, own = Records(tmp_path / "r.jsonl"), setting(directory)
     too_large = AttentionConfig(100, None, 4, 2, dense_below=0)
-    assert missing(own, [*BASELINES, BITING, QUEST, too_large], records) == [BITING, QUEST]
+    assert missing(own, [*baselines(None), BITING, QUEST, too_large], records) == [BITING, QUEST]
     records.add("speed", own.cell("ours", as_cell(BITING)), {"step_ms": 1})
     assert missing(own, [BITING, QUEST], records) == [QUEST]
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from sparse_attention_decoder.cli.terminal import ModelOption, console, out, progress_bar
+from sparse_attention_decoder.cli.terminal import (
+    CompileOption,
+    KvOption,
+    ModelOption,
+    WeightsOption,
+    console,
+    out,
+    progress_bar,
+)
 from sparse_attention_decoder.errors import InputError
 from sparse_attention_decoder.tables import POLICIES
 
@@ -75,6 +83,9 @@ def bench(
     device: Annotated[Device, typer.Option()] = Device.cpu,
     rounds: Annotated[int, typer.Option(min=1, help="Timed turns of 8 tokens for every side.")] = 6,
     text: TextList = [],
+    weights: WeightsOption = None,
+    kv_dtype: KvOption = None,
+    compile_steps: CompileOption = False,
     peers: Annotated[
         bool, typer.Option("--peers", help="Also llama.cpp, OpenVINO GenAI, vLLM and kvpress, if installed.")
     ] = False,
@@ -102,7 +113,7 @@ def bench(
     plan = Plan(
         tuple(context), tuple(configs(policy, budget, window)), out_file, model, tuple(batch),
         tuple(one.value for one in dtype), threads, device.value, rounds, tuple(text),
-        peers_folder if peers else None,
+        peers_folder if peers else None, weights and weights.value, kv_dtype and kv_dtype.value, compile_steps,
     )  # fmt: skip
     with _listener() as listener:
         for setting, rows in run(plan, listener):
@@ -148,7 +159,8 @@ def _show_ceiling(setting: "Setting", ceiling: "Ceiling") -> None:
         f"{setting.threads} threads\n"
         f"the ceiling, at {ceiling.bandwidth_gb_s:.1f} GB/s as measured: weights {ceiling.weight_bytes / 1e6:.0f} MB "
         f"and keys and values {ceiling.dense_bytes / 1e6:.0f} MB take dense {dense:.1f} ms a token at least; "
-        f"sinks and window alone {near:.1f} ms",
+        f"sinks and window alone {near:.1f} ms\n"
+        f"a token of context takes {ceiling.dense_bytes // setting.context} bytes of keys and values",
         highlight=False,
     )
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from sparse_attention_decoder.cli.terminal import ModelOption, WeightsOption, console, load_model, out, progress_bar
+from sparse_attention_decoder.cli.terminal import (
+    CompileOption,
+    KvOption,
+    ModelOption,
+    WeightsOption,
+    console,
+    load_model,
+    out,
+    progress_bar,
+)
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import InputError
 from sparse_attention_decoder.tables import POLICIES
@@ -61,6 +70,8 @@ def generate(
     ] = None,
     model: ModelOption = None,
     weights: WeightsOption = None,
+    kv_dtype: KvOption = None,
+    compile_steps: CompileOption = False,
     max_new_tokens: TokensOption = 256,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher samples.")] = 0.0,
@@ -94,9 +105,10 @@ def generate(
         raise InputError("--dense and --compare exclude each other: --compare runs dense and sparse")
     config = AttentionConfig(
         top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=dense_below_of(dense_below),
-        max_cache_tokens=max_cache_tokens, max_cache_bytes=_bytes(max_cache_bytes),
+        kv_dtype=kv_dtype and kv_dtype.value, max_cache_tokens=max_cache_tokens,
+        max_cache_bytes=_bytes(max_cache_bytes),
     )  # fmt: skip
-    decoder, chat = load_model(model, config, weights), False if raw else None
+    decoder, chat = load_model(model, config, weights, compile=compile_steps), False if raw else None
     if compare:
         _show(_compare(decoder, text, chat, max_new_tokens))
         return

@@ -25,6 +25,13 @@ class Weights(str, Enum):
     int4 = "int4"
 
 
+class KvDtype(str, Enum):
+    """What keys and values are packed in, as `tables.KV_BITS` has it."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
 console = Console(stderr=True)
 # results go to stdout, so that they can be piped; progress and remarks to stderr
 out = Console(soft_wrap=True)
@@ -37,6 +44,12 @@ ModelOption = Annotated[
 ]
 WeightsOption = Annotated[
     Weights | None, typer.Option("--weights", help="Keep the weights so; fewer bits are faster and less exact.")
+]
+KvOption = Annotated[
+    KvDtype | None, typer.Option("--kv-dtype", help="Keep keys and values in so many bits; int4 is lossy.")
+]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="Compile the decode step: a minute once for a model, faster from then on.")
 ]
 OnProgress = Callable[[int, int], None]
 

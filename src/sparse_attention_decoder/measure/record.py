@@ -120,6 +120,13 @@ def label(cell: Row) -> str:
         options = " ".join(f"{name} {value}" for name, value in cell["config"].items())
         return f"{cell['engine']} ({options})" if options else str(cell["engine"])
     config = AttentionConfig(**cell["config"])
+    forms = [f"{cell['weights']} weights"] if cell.get("weights") else []
+    forms += [f"{config.kv_dtype} KV"] if config.kv_dtype else []
+    forms += ["compiled"] if cell.get("compile") else []
+    return f"{_own_label(config)} ({', '.join(forms)})" if forms else _own_label(config)
+
+
+def _own_label(config: AttentionConfig) -> str:
     if config.policy == "dense":
         return "dense, SDPA on our cache" if config.backend == "reference" else "dense, our kernel"
     plain = AttentionConfig()
@@ -150,8 +157,16 @@ def thresholds(policy: str) -> bool:
 
 
 def as_cell(config: AttentionConfig) -> Row:
-    """A config as part of a cell; `dense_below` is left out, for measurements are never below it."""
-    return {name: value for name, value in asdict(config).items() if name != "dense_below"}
+    """A config as part of a cell; `dense_below` is left out, for measurements are never below it.
+
+    What was added since the first records is in the cell where it is used: cells without it keep their names.
+    """
+    later = ("kv_dtype", "max_cache_tokens", "max_cache_bytes")
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name != "dense_below" and not (name in later and value is None)
+    }
 
 
 def _chosen(config: AttentionConfig) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sparse_attention_decoder.config import AttentionConfig
@@ -10,8 +10,11 @@ from sparse_attention_decoder.errors import InputError, WorkerError
 from sparse_attention_decoder.measure.compare import STOCK, TURN
 from sparse_attention_decoder.measure.record import OURS, Records, Row, as_cell, label
 
-# the dense baselines on our cache: our kernel, and PyTorch's SDPA
-BASELINES = (AttentionConfig(policy="dense"), AttentionConfig(policy="dense", backend="reference"))
+
+def baselines(kv_dtype: str | None) -> tuple[AttentionConfig, ...]:
+    """The dense ones on our cache: our kernel, and PyTorch's SDPA, which reads no packed cache."""
+    ours = AttentionConfig(policy="dense", kv_dtype=kv_dtype)
+    return (ours,) if kv_dtype else (ours, replace(ours, backend="reference"))
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Setting:
     name: the model as records call it. model: what `load` takes.
     ids: B passages of `context + (rounds + 1) * TURN` token ids.
     bandwidth_gb_s: of this machine. Measured outside the sides: what it allocates is no part of their memory.
+    weights, kv_dtype, compile: how our sides keep weights, keys and values, and whether their steps are compiled;
+        transformers' side is plain.
     """
 
     name: str
@@ -32,12 +37,17 @@ class Setting:
     rounds: int
     ids: list[list[int]]
     bandwidth_gb_s: float
+    weights: str | None = None
+    kv_dtype: str | None = None
+    compile: bool = False
 
     def cell(self, engine: str, config: Row) -> Row:
         """What names a side's measurement here."""
+        own = {"weights": self.weights, "compile": self.compile} if engine == OURS else {}
         return {
             "model": self.name, "dtype": self.dtype, "engine": engine, "config": config, "context": self.context,
             "batch": len(self.ids), "threads": self.threads, "device": self.device,
+            **{name: value for name, value in own.items() if value},
         }  # fmt: skip
 
     def piece(self, start: int, count: int) -> list[list[int]]:
@@ -65,6 +75,7 @@ class Side:
     reads: dict[str, float] = field(default_factory=dict)
     kl: float | None = None
     same: int = 0
+    same_as_stock: int = 0
     compared: int = 0
 
 
@@ -100,7 +111,7 @@ def missing(setting: Setting, configs: list[AttentionConfig], records: Records) 
     """The configs that have no record yet, and can be sparse in this context."""
     return [
         config for config in configs
-        if config not in BASELINES and config.budget_tokens < setting.context
+        if config not in baselines(setting.kv_dtype) and config.budget_tokens < setting.context
         and not records.has("speed", setting.cell(OURS, as_cell(config)))
     ]  # fmt: skip
 
@@ -121,7 +132,7 @@ def measure(
     listener.stage("loading the model, once for us and once for transformers")
     facts = _load(setting, ours, stock)
     listener.stage(f"reading {setting.context} tokens")
-    held = [*BASELINES, *configs]
+    held = [*baselines(setting.kv_dtype), *configs]
     prefill = ours.ask("read", ids=setting.piece(0, setting.context), configs=[asdict(config) for config in held])
     ceiling = _ceiling(setting, facts, prefill)
     listener.ceiling(setting, ceiling)
@@ -145,9 +156,10 @@ def measure(
 
 def _load(setting: Setting, ours: Any, stock: Any) -> Row:
     asked = {"model": setting.model, "dtype": setting.dtype, "device": setting.device, "threads": setting.threads}
-    facts: Row = ours.ask("load", **asked)
+    facts: Row = ours.ask("load", **asked, weights=setting.weights, compile=setting.compile)
     theirs = stock.ask("load", **asked)
-    for name in ("fingerprint", "threads"):
+    # packed weights are others than the plain ones
+    for name in ("threads",) if setting.weights else ("fingerprint", "threads"):
         if facts[name] != theirs[name]:
             raise InputError(f"the sides differ in {name}: ours {facts[name]}, transformers {theirs[name]}")
     return facts
@@ -191,17 +203,19 @@ def _rounds(setting: Setting, sides: list[Side], ours: Any, listener: Listener) 
         strayed = ours.ask("compare")
         if number == 0:
             continue
+        plain = next(answer for side, answer in answers if side.cell["engine"] == STOCK)
         for side, answer in answers:
-            _count(side, answer, answers[-1][1])
+            _count(side, answer, answers[-1][1], plain)
         for key, kl in strayed.items():
             numbers[key].kl = (numbers[key].kl or 0.0) + kl
     return [side for side in sides if side is anchor or side in others]
 
 
-def _count(side: Side, answer: Row, dense: Row) -> None:
+def _count(side: Side, answer: Row, dense: Row, stock: Row) -> None:
     side.ms += answer["ms"]
-    for own, expected in zip(answer["tokens"], dense["tokens"], strict=True):
+    for own, expected, plain in zip(answer["tokens"], dense["tokens"], stock["tokens"], strict=True):
         side.same += sum(one == other for one, other in zip(own, expected, strict=True))
+        side.same_as_stock += sum(one == other for one, other in zip(own, plain, strict=True))
         side.compared += len(own)
     for name, value in answer.get("reads", {}).items():
         side.reads[name] = side.reads.get(name, 0) + value
@@ -227,6 +241,8 @@ def _result(setting: Setting, side: Side, ceiling: Ceiling, everyone: list[Side]
         result["over_ceiling"] = median / result["ceiling_ms"]
     if side.is_fed and side is not _anchor(everyone):
         result["top1"] = side.same / side.compared
+    if side.is_fed and side.cell["engine"] != STOCK:
+        result["top1_stock"] = side.same_as_stock / side.compared
     if side.kl is not None:
         # rounding can take it below 0
         result["kl"] = max(0.0, side.kl / side.compared)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from sparse_attention_decoder.measure.machine import facts
 from sparse_attention_decoder.measure.process import Process
 from sparse_attention_decoder.measure.record import OURS, Records, Row, as_cell, model_name
 from sparse_attention_decoder.measure.speed import others
-from sparse_attention_decoder.measure.speed.bench import BASELINES, Listener, Setting, Side, measure, missing
+from sparse_attention_decoder.measure.speed.bench import Listener, Setting, Side, baselines, measure, missing
 from sparse_attention_decoder.measure.texts import passages, texts
 
 _WORKER = [sys.executable, "-m", "sparse_attention_decoder.measure.speed.worker"]
@@ -29,6 +29,7 @@ class Plan:
 
     out: the record file. model: what `load` takes. threads: None for PyTorch's own choice. rounds: timed turns of
     8 tokens for every side. texts: the first is decoded. peers: the folder of their environments, or None for none.
+    weights, kv_dtype, compile: of our sides, see `Setting`.
     """
 
     contexts: tuple[int, ...]
@@ -42,6 +43,9 @@ class Plan:
     rounds: int = 6
     texts: tuple[Path, ...] = ()
     peers: Path | None = None
+    weights: str | None = None
+    kv_dtype: str | None = None
+    compile: bool = False
 
 
 def run(plan: Plan, listener: Listener) -> Iterator[tuple[Setting, list[tuple[Row, Row]]]]:
@@ -62,9 +66,13 @@ def run(plan: Plan, listener: Listener) -> Iterator[tuple[Setting, list[tuple[Ro
     directory = str(decoder.model.config._name_or_path)
     for dtype, batch, context in product(plan.dtypes, plan.batches, plan.contexts):
         setting = _setting(plan, decoder, dtype, batch, context, machine["bandwidth_gb_s"])
-        todo = missing(setting, list(plan.configs), records)
+        wished = [replace(config, kv_dtype=plan.kv_dtype) for config in plan.configs]
+        todo = missing(setting, wished, records)
         peers = [] if plan.peers is None else others.missing(setting, plan.peers, records)
-        wanted = [*(setting.cell(OURS, as_cell(config)) for config in BASELINES), setting.cell(STOCK, {})]
+        wanted = [
+            *(setting.cell(OURS, as_cell(config)) for config in baselines(plan.kv_dtype)),
+            setting.cell(STOCK, {}),
+        ]
         if not todo and not peers and all(records.has("speed", cell) for cell in wanted):
             listener.stage(f"context {context}, batch {batch}, {dtype}: all in {plan.out}")
             continue
@@ -105,5 +113,5 @@ def _setting(
     ids = passages({name: text}, lambda part: list(decoder.require_tokenizer()(part).input_ids), tokens * batch)
     return Setting(
         model_name(plan.model), plan.model, dtype, plan.device, plan.threads or torch.get_num_threads(), context,
-        plan.rounds, ids.view(batch, tokens).tolist(), bandwidth_gb_s,
+        plan.rounds, ids.view(batch, tokens).tolist(), bandwidth_gb_s, plan.weights, plan.kv_dtype, plan.compile,
     )  # fmt: skip

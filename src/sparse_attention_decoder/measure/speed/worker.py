@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,12 +41,15 @@ class Ours:
         self.sides: dict[int, SparseCache] = {}
         self.logps: dict[int, Tensor] = {}
 
-    def load(self, model: str | None, dtype: str, device: str, threads: int) -> Answer:
-        """Load the model; what it weighs and a fingerprint of it."""
+    def load(
+        self, model: str | None, dtype: str, device: str, threads: int, weights: str | None = None,
+        compile: bool = False,
+    ) -> Answer:  # fmt: skip
+        """Load the model, its weights as they are asked for or else in a dtype; what it weighs and a fingerprint of it."""
         torch.set_num_threads(threads)
         begun = time.perf_counter()
-        config = AttentionConfig(policy="dense")
-        self.decoder = SparseAttention.from_pretrained(model, config, dtype=getattr(torch, dtype))
+        config, kwargs = AttentionConfig(policy="dense"), {} if weights else {"dtype": getattr(torch, dtype)}
+        self.decoder = SparseAttention.from_pretrained(model, config, weights=weights, compile=compile, **kwargs)
         self.decoder.model.to(device)
         seconds = time.perf_counter() - begun
         return {
@@ -59,6 +63,9 @@ class Ours:
         """Read all but the last token of the prompt ids [B, T], for these configs, dense first."""
         self.configs = [AttentionConfig(**config) for config in configs]
         self.prompt = torch.tensor(ids, device=self.decoder.model.device)
+        # keys and values are kept in one form for all
+        self.decoder.config = replace(self.decoder.config, kv_dtype=self.configs[0].kv_dtype)
+        enable(self.decoder.model, self.decoder.config)
         self.decoder.prefill(self.prompt[:, :WARM_UP])
         begun = time.perf_counter()
         self.cache = self.decoder.prefill(self.prompt[:, :-1], watched=[config.policy for config in self.configs])
@@ -162,9 +169,11 @@ def _decode(model: Any, cache: Any, ids: Tensor) -> tuple[list[float], Tensor]:
 
 def _weight_bytes(model: Any) -> int:
     """Bytes of weights that a decode step reads: all but an input embedding of its own, of which it reads a row."""
-    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    total = sum(weight.nbytes for weight in model.parameters())
-    return int(total if outputs is inputs else total - inputs.nbytes)
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    inputs = [*model.get_input_embeddings().parameters(), *model.get_input_embeddings().buffers()]
+    outputs = [*model.get_output_embeddings().parameters(), *model.get_output_embeddings().buffers()]
+    only_looked_up = {tensor.data_ptr() for tensor in inputs} - {tensor.data_ptr() for tensor in outputs}
+    return sum(size for address, size in held.items() if address not in only_looked_up)
 
 
 def _fingerprint(model: Any) -> str:
