@@ -3,7 +3,7 @@
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -101,8 +101,9 @@ def generate(
       sparse-decoder generate --file long.txt --max-cache-bytes 100MB "What happens in the end?"
     """
     text = _prompt(prompt, file)
-    if dense and compare:
-        raise InputError("--dense and --compare exclude each other: --compare runs dense and sparse")
+    if compare and (dense or compile_steps):
+        other = "--dense" if dense else "--compile"
+        raise InputError(f"{other} and --compare exclude each other: --compare runs dense and sparse, as they are")
     config = AttentionConfig(
         top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=dense_below_of(dense_below),
         kv_dtype=kv_dtype and kv_dtype.value, max_cache_tokens=max_cache_tokens,
@@ -113,6 +114,12 @@ def generate(
         _show(_compare(decoder, text, chat, max_new_tokens))
         return
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    _write(decoder, text, max_new_tokens, chat, sampling)
+
+
+def _write(
+    decoder: "SparseAttention", text: str, max_new_tokens: int, chat: bool | None, sampling: dict[str, Any]
+) -> None:
     cache = _cache(decoder)
     with progress_bar("reading the prompt", "tokens") as on_prefill:
         pieces = decoder.stream(text, max_new_tokens, chat, on_prefill, past_key_values=cache, **sampling)
@@ -121,7 +128,7 @@ def generate(
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
-    if config.is_capped:
+    if decoder.config.is_capped:
         _show_held(cache.held)
 
 

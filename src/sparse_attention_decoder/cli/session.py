@@ -19,7 +19,17 @@ from sparse_attention_decoder.cli.generate import (
     WindowOption,
     dense_below_of,
 )
-from sparse_attention_decoder.cli.terminal import ModelOption, console, load_model, out, progress_bar
+from sparse_attention_decoder.cli.terminal import (
+    CompileOption,
+    KvOption,
+    ModelOption,
+    Weights,
+    WeightsOption,
+    console,
+    load_model,
+    out,
+    progress_bar,
+)
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import InputError
 
@@ -36,6 +46,8 @@ def read(
     file: Annotated[Path, typer.Argument(help="The document, UTF-8 text.")],
     out_file: Annotated[Path, typer.Option("--out", "-o", help="Where to keep what was read.")],
     model: ModelOption = None,
+    weights: WeightsOption = None,
+    kv_dtype: KvOption = None,
     top_k: TopKOption = _DEFAULTS.top_k,
     threshold: ThresholdOption = _DEFAULTS.threshold or 0.0,
     window: WindowOption = _DEFAULTS.attention_window,
@@ -60,8 +72,11 @@ def read(
     # found out before minutes of reading, not after
     if not out_file.parent.is_dir() or out_file.is_dir():
         raise InputError(f"cannot write {out_file}: give the name of a file in a folder that is there")
-    config = AttentionConfig(top_k, threshold, window, sinks, policy, dense_below=dense_below_of(dense_below))
-    decoder = load_model(model, config)
+    config = AttentionConfig(
+        top_k, threshold, window, sinks, policy, dense_below=dense_below_of(dense_below),
+        kv_dtype=kv_dtype and kv_dtype.value,
+    )  # fmt: skip
+    decoder = load_model(model, config, weights)
     begun = time.perf_counter()
     with progress_bar("reading the document", "tokens") as on_progress:
         session = decoder.read(text, on_progress)
@@ -76,6 +91,8 @@ def ask(
     session: SessionArgument,
     question: Annotated[str, typer.Argument(help="What to ask about the document.")],
     model: ModelOption = None,
+    weights: WeightsOption = None,
+    compile_steps: CompileOption = False,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
 ) -> None:
@@ -87,7 +104,7 @@ def ask(
 
       sparse-decoder ask report.session "Who wrote the report?"
     """
-    asked = _load(session, model)
+    asked = _load(session, model, weights, compile_steps)
     _print(asked.stream(question, max_new_tokens, **_sampling(temperature)))
 
 
@@ -97,6 +114,8 @@ def chat(
         typer.Argument(help="A session file to talk about; left out, the conversation begins with nothing."),
     ] = None,
     model: ModelOption = None,
+    weights: WeightsOption = None,
+    compile_steps: CompileOption = False,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
 ) -> None:
@@ -111,7 +130,10 @@ def chat(
 
       sparse-decoder chat --temperature 0.7
     """
-    talk = load_model(model, AttentionConfig()).read(None) if session is None else _load(session, model)
+    if session is None:
+        talk = load_model(model, AttentionConfig(), weights, compile=compile_steps).read(None)
+    else:
+        talk = _load(session, model, weights, compile_steps)
     for message in _messages():
         try:
             _print(talk.stream(message, max_new_tokens, remember=True, **_sampling(temperature)))
@@ -122,10 +144,10 @@ def chat(
             console.print(f"[red]error:[/red] {error}", highlight=False)
 
 
-def _load(path: Path, model: str | None) -> "Session":
+def _load(path: Path, model: str | None, weights: Weights | None, compile_steps: bool) -> "Session":
     from sparse_attention_decoder.session import Session
 
-    decoder = load_model(model, AttentionConfig())
+    decoder = load_model(model, AttentionConfig(), weights, compile=compile_steps)
     with console.status(f"opening {path}"):
         return Session.load(path, decoder)
 

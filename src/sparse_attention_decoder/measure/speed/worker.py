@@ -45,7 +45,7 @@ class Ours:
         self, model: str | None, dtype: str, device: str, threads: int, weights: str | None = None,
         compile: bool = False,
     ) -> Answer:  # fmt: skip
-        """Load the model, its weights as they are asked for or else in a dtype; what it weighs and a fingerprint of it."""
+        """Load the model, in this form or else in this dtype; what it weighs and a fingerprint of it."""
         torch.set_num_threads(threads)
         begun = time.perf_counter()
         config, kwargs = AttentionConfig(policy="dense"), {} if weights else {"dtype": getattr(torch, dtype)}
@@ -169,10 +169,9 @@ def _decode(model: Any, cache: Any, ids: Tensor) -> tuple[list[float], Tensor]:
 
 def _weight_bytes(model: Any) -> int:
     """Bytes of weights that a decode step reads: all but an input embedding of its own, of which it reads a row."""
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    inputs = [*model.get_input_embeddings().parameters(), *model.get_input_embeddings().buffers()]
-    outputs = [*model.get_output_embeddings().parameters(), *model.get_output_embeddings().buffers()]
-    only_looked_up = {tensor.data_ptr() for tensor in inputs} - {tensor.data_ptr() for tensor in outputs}
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    inputs, outputs = model.get_input_embeddings().state_dict(), model.get_output_embeddings().state_dict()
+    only_looked_up = {tensor.data_ptr() for tensor in inputs.values()} - {x.data_ptr() for x in outputs.values()}
     return sum(size for address, size in held.items() if address not in only_looked_up)
 
 
