@@ -1,4 +1,5 @@
-"""Write the README's tables from the records: models/*.jsonl (bench and eval), kernels.jsonl and gpu_predicted.jsonl.
+"""Write the README's tables from the records: models/*.jsonl and small_device.jsonl (bench and eval), kernels.jsonl,
+small_quality.jsonl, small_growth.jsonl and gpu_predicted.jsonl.
 
 python benchmarks/readme_table.py
 """
@@ -134,12 +135,67 @@ def gpu_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def small_table() -> str:
+    """Small forms of the model beside transformers and the peers, from small_device.jsonl."""
+    lines = [
+        "| tokens | | ms a token | of transformers | first token, s | peak MB | KL | top-1, of float32 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    found = [row for row in read([HERE / "small_device.jsonl"]) if row["kind"] == "speed"]
+    for row in sorted(found, key=lambda row: row["cell"]["context"]):
+        cell, result = row["cell"], row["result"]
+        if cell["config"].get("backend") == "reference":
+            continue
+        name = label(cell)
+        top1 = result.get("top1_stock", 1.0 if cell["engine"] == "transformers" else None)
+        lines.append(
+            f"| {cell['context']:,} | {f'**{name}**' if name.startswith(DEFAULT) else name} | {result['step_ms']:.1f} "
+            f"| {result['over'].get('transformers', 0):.2f} | {result['ttft_s']:.1f} "
+            f"| {shown(result['peak_bytes'] and result['peak_bytes'] / 1e6, '.0f')} | {shown(result.get('kl'), '.4f')} "
+            f"| {shown(top1, '.2f')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def form_table() -> str:
+    """What small forms cost in quality, from small_quality.jsonl."""
+    lines = [
+        "| weights | keys and values | read | bytes a token | KL | perplexity | read, of float32 dense |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in map(json.loads, (HERE / "small_quality.jsonl").read_text().splitlines()):
+        lines.append(
+            f"| {row['weights']} | {row['kv']} | {'densely' if row['policy'] == 'dense' else 'sparsely'} "
+            f"| {row['token_bytes']:,} | {row['kl']:.4f} | {row['ppl_change']:+.2%} | {row['share_read']:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def growth_table() -> str:
+    """Milliseconds a token by context, from small_growth.jsonl."""
+    found = [json.loads(line) for line in (HERE / "small_growth.jsonl").read_text().splitlines()]
+    forms = list(dict.fromkeys((row["weights"], row["kv_dtype"]) for row in found))
+    contexts = sorted({row["context"] for row in found})
+    lines = [
+        f"| ms a token at | {' | '.join(f'{context:,}' for context in contexts)} |",
+        "|---" * (1 + len(contexts)) + "|",
+    ]
+    for weights, kv_dtype in forms:
+        own = {row["context"]: row for row in found if (row["weights"], row["kv_dtype"]) == (weights, kv_dtype)}
+        times = " | ".join(f"{own[context]['step_ms']:.1f}" for context in contexts)
+        lines.append(f"| {weights} weights, {kv_dtype or 'bfloat16'} keys and values | {times} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {
     "agreement table": agreement_table,
     "retrieval table": retrieval_table,
     "token table": token_table,
     "step table": step_table,
     "GPU table": gpu_table,
+    "small table": small_table,
+    "form table": form_table,
+    "growth table": growth_table,
 }
 
 

@@ -166,7 +166,9 @@ def _tensors(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
 
 def _identity(model: PreTrainedModel, weights: dict[str, Tensor], rows: int) -> str:
     """16 hex digits that change with all that is compiled in: the model's make-up, but not its weights."""
-    made_of = [_FORMAT, torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability(), rows]
+    # compiled for this very processor: a home directory may be shared by others
+    processor = {name: value for name, value in torch.cpu.get_capabilities().items() if value is True}
+    made_of: list[Any] = [_FORMAT, torch.__version__, transformers.__version__, processor, rows]
     made_of += [model.config.to_json_string(use_diff=False), _OPTIONS]
     made_of += [f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}" for name, tensor in weights.items()]
     made_of += [str(model)]
