@@ -42,7 +42,7 @@ def main() -> None:
             decoder.prompt_ids(path.read_text("utf-8", "replace"), chat=False)[:, : given.context + given.tokens]
             for path in given.texts
         ]
-        found = {policy: decoded(decoder, passages, given.context, policy) for policy in ("dense", "sketch")}
+        found = decoded(decoder, passages, given.context)
         expected = expected or found["dense"][0]
         for policy, (logps, read) in found.items():
             line = {
@@ -58,17 +58,21 @@ def main() -> None:
     given.out.write_text("".join(lines), encoding="utf-8")
 
 
-def decoded(decoder: SparseAttention, passages: list[Tensor], context: int, policy: str) -> tuple[list[Tensor], float]:
-    """Log-probabilities [n, vocabulary] behind each token after the context, per passage, and the mean share read."""
-    config = replace(decoder.config, policy=policy)
-    decoder = SparseAttention(config, decoder.model, decoder.tokenizer)
-    logps, shares = [], []
+def decoded(decoder: SparseAttention, passages: list[Tensor], context: int) -> dict[str, tuple[list[Tensor], float]]:
+    """Per policy the log-probabilities [n, vocabulary] behind each token after the context, and the mean share read."""
+    logps: dict[str, list[Tensor]] = {"dense": [], "sketch": []}
+    shares: dict[str, list[float]] = {"dense": [], "sketch": []}
     for ids in passages:
         cache = decoder.prefill(ids[:, :context])
-        logits = [decoder.model(token[None, None], past_key_values=cache).logits[0, -1] for token in ids[0, context:]]
-        logps.append(torch.stack(logits).double().log_softmax(-1))
-        shares.append(cache.reads.share_read)
-    return logps, sum(shares) / len(shares)
+        for policy in logps:
+            config = replace(decoder.config, policy=policy)
+            reader = SparseAttention(config, decoder.model, decoder.tokenizer)
+            own = cache.reconfigured(config)
+            logits = [reader.model(token[None, None], past_key_values=own).logits[0, -1] for token in ids[0, context:]]
+            logps[policy].append(torch.stack(logits).double().log_softmax(-1))
+            shares[policy].append(own.reads.share_read)
+            cache.crop(context - cache.get_seq_length())
+    return {policy: (found, sum(shares[policy]) / len(found)) for policy, found in logps.items()}
 
 
 def kl(expected: list[Tensor], found: list[Tensor]) -> float:
