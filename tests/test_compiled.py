@@ -53,12 +53,13 @@ def test_a_compiled_step_is_the_eager_step(config, rows):
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_packed_weights_and_packed_keys_are_compiled(form, kv_dtype):
-    config, ids = replace(TURNING, kv_dtype=kv_dtype), tiny.prompt(1, 60)
+    # every token is chosen: which of two close ones is better may turn on a rounding to bfloat16
+    config, ids = replace(tiny.FORCED, kv_dtype=kv_dtype), tiny.prompt(1, 60)
     model = enable(weights.cast(tiny.build("llama"), form), config)
     expected, eager = decoded(model, config, ids, 25)
     compiled.install(model)
     found, cache = decoded(model, config, ids, 25)
-    # fused, fewer numbers are rounded to bfloat16 in between: the choice of a token or two may turn on it
+    # fused, fewer numbers are rounded in between
     assert (found - expected).norm() < 0.05 * expected.norm()
     assert cache.reads.sparse_steps == eager.reads.sparse_steps > 0
 
@@ -70,7 +71,7 @@ def test_a_cap_holds_under_compiled_steps():
     compiled.install(model)
     found, cache = decoded(model, config, ids, 20)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-    assert cache.held == eager.held and cache.held.evicted > 0 and cache.get_seq_length() == 90
+    assert cache.held == eager.held and cache.held.tokens_evicted > 0 and cache.get_seq_length() == 90
 
 
 def test_the_step_runs_compiled_and_prompts_do_not(monkeypatch):

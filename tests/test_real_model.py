@@ -111,8 +111,18 @@ def test_the_benchmark_example_compares_and_draws(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.png"))) >= 3
 
 
+def test_the_session_example_answers_from_the_file_as_before() -> None:
+    command = [sys.executable, ROOT / "examples" / "read_once.py"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    before, after = run.stdout.split("saved, ")
+    answers = [[line for line in part.splitlines() if line.startswith("  ")] for part in (before, after)]
+    assert answers[0] == answers[1] and len(answers[0]) >= 3
+
+
 def test_every_example_is_run_by_a_test() -> None:
     assert [path.name for path in sorted((ROOT / "examples").glob("*.py"))] == [
         "basic_usage.py",
         "benchmark_example.py",
+        "read_once.py",
     ]

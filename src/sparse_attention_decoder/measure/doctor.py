@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
 
 from sparse_attention_decoder import __version__
 from sparse_attention_decoder.errors import ModelLoadError
@@ -14,8 +13,8 @@ from sparse_attention_decoder.kernels import Request
 from sparse_attention_decoder.kernels.cpu import isa
 from sparse_attention_decoder.models.kept import cache_directory
 from sparse_attention_decoder.models.loading import default_gguf
-from sparse_attention_decoder.models.memory import token_bytes
-from sparse_attention_decoder.tables import BACKENDS, KV_BITS, load
+from sparse_attention_decoder.models.memory import gguf_token_bytes
+from sparse_attention_decoder.tables import BACKENDS, load
 
 
 def facts() -> Iterator[tuple[str, str]]:
@@ -36,12 +35,7 @@ def facts() -> Iterator[tuple[str, str]]:
     try:
         place = default_gguf()
         yield "default model", str(place)
-        config = AutoConfig.from_pretrained(place.parent, gguf_file=str(place))
-        yield "its KV, a token", ", ".join(_token_bytes(config, kv_dtype) for kv_dtype in (None, *KV_BITS))
+        yield "its KV, a token", ", ".join(f"{size} bytes in {form}" for form, size in gguf_token_bytes(place).items())
     except ModelLoadError as error:
         yield "default model", f"not found: {error}"
     yield "converted models", str(cache_directory())
-
-
-def _token_bytes(config: PreTrainedConfig, kv_dtype: str | None) -> str:
-    return f"{token_bytes(config, kv_dtype, torch.bfloat16)} bytes in {kv_dtype or 'bfloat16'}"

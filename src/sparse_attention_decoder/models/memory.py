@@ -1,13 +1,15 @@
 """What a model's cache takes, token by token."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.kernels import stored_bytes
 from sparse_attention_decoder.models.cache import SparseCache
+from sparse_attention_decoder.tables import KV_BITS
 
 
 def token_bytes(model_config: PreTrainedConfig, kv_dtype: str | None, dtype: torch.dtype) -> int:
@@ -21,3 +23,10 @@ def token_bytes(model_config: PreTrainedConfig, kv_dtype: str | None, dtype: tor
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return 2 * layers * int(heads) * stored_bytes(int(dim), kv_dtype, dtype)
+
+
+def gguf_token_bytes(file: Path) -> dict[str, int]:
+    """For the model of a GGUF file, what a token takes in bfloat16 and in every kv_dtype, by name."""
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=str(file.absolute()))
+    forms: dict[str, str | None] = {"bfloat16": None, **{name: name for name in KV_BITS}}
+    return {name: token_bytes(config, kv_dtype, torch.bfloat16) for name, kv_dtype in forms.items()}
