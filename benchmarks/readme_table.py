@@ -160,7 +160,7 @@ def small_table() -> str:
 def form_table() -> str:
     """What small forms cost in quality, from small_quality.jsonl."""
     lines = [
-        "| weights | keys and values | read | bytes a token | KL | perplexity | bytes read, of dense in the model's dtype |",
+        "| weights | keys and values | read | bytes a token | KL | perplexity | bytes read, of dense in that dtype |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in map(json.loads, (HERE / "small_quality.jsonl").read_text().splitlines()):
