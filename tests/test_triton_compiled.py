@@ -44,10 +44,12 @@ SCRIPT = """if True:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple[int, str], dict[str, dict[str, int]]]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, dict[str, int]]]:
     """Resources of each kernel, by head size and dtype."""
     # the interpreter, which the other tests may run in, leaves nothing to compile
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # what another checkout compiled names source files that may be gone
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(CASES)],
         cwd=ROOT, env=environment, capture_output=True, text=True,
