@@ -362,3 +362,15 @@ def test_buffer_and_sketch_give_and_take_what_they_hold(tokens: int) -> None:
         for wrong in (held[..., :1], held.to(torch.complex64), held[:, :1]):
             with pytest.raises(ShapeError, match="does not fit"):
                 other.adopt({**stored, name: wrong}, keys)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_packed_weights_tell_models_apart(tmp_path: Path, form: str) -> None:
+    own, other = build("llama"), build("llama")
+    with torch.no_grad():
+        # every norm, and all but one matrix, are the same
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    SparseAttention(BITING, own, weights=form).read(prompt(1, 40)).save(tmp_path / "x")
+    with pytest.raises(SessionFileError, match="other weights"):
+        Session.load(tmp_path / "x", SparseAttention(BITING, other, weights=form))
+    Session.load(tmp_path / "x", SparseAttention(BITING, build("llama"), weights=form))

@@ -64,10 +64,8 @@ class Packed(nn.Module):
         """The matrix [N, K] that the codes stand for, in float32: what `forward` is defined by."""
         return self._dequantised(torch.float32)
 
-    def fill(self, start: int, rows: Tensor) -> None:
-        """Quantise rows [n, K] of a float matrix to the places from `start` on, a multiple of ROWS_AT_ONCE."""
-        raise NotImplementedError
-
+    # quantises rows [n, K] of a float matrix to the places from `start` on, a multiple of ROWS_AT_ONCE
+    fill: Callable[[int, Tensor], None]
     _multiply: Callable[[Tensor], Tensor]
     _dequantised: Callable[[torch.dtype], Tensor]
 

@@ -126,7 +126,7 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> Content:
         tokens = int(metadata["tokens"])
         with safe_open(path, framework="pt") as file:
             # pages come from the file when they are read and are copied when they are written to
-            tensors = {name: file.get_tensor(name).to(model.device) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).to(model.device) for name in file.keys()}  # noqa: SIM118  (no dict)
         for number, layer in enumerate(cache.layers):
             own = {name.partition(".")[2]: held for name, held in tensors.items() if name.startswith(f"{number}.")}
             if tokens:

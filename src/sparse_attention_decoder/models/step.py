@@ -1,6 +1,8 @@
 """A decode step as a compiler sees it: what a layer's cache does is one opaque op, so one graph serves all lengths."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,14 +86,11 @@ class TracedStep(nn.Module):
         return logits
 
 
-class running_on:  # noqa: N801
+@contextmanager
+def running_on(cache: SparseCache) -> Iterator[None]:
     """While it is entered, steps of this thread append to and read this cache."""
-
-    def __init__(self, cache: SparseCache) -> None:
-        self._cache = cache
-
-    def __enter__(self) -> None:
-        _running.cache = self._cache
-
-    def __exit__(self, *_: object) -> None:
+    _running.cache = cache
+    try:
+        yield
+    finally:
         del _running.cache

@@ -3,7 +3,6 @@
 `Ours` holds one cache that every config reads in its own way; `Stock` is transformers left alone.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.decoder import SparseAttention
 from sparse_attention_decoder.errors import SparseAttentionError
 from sparse_attention_decoder.measure.machine import forget_peak, peak_bytes, resident_bytes
+from sparse_attention_decoder.models import identity
 from sparse_attention_decoder.models.adapter import disable, enable
 from sparse_attention_decoder.models.cache import SparseCache
 
@@ -56,7 +56,7 @@ class Ours:
             "seconds": seconds,
             "threads": torch.get_num_threads(),
             "weight_bytes": _weight_bytes(self.decoder.model),
-            "fingerprint": _fingerprint(self.decoder.model),
+            "fingerprint": identity.weights(self.decoder.model),
         }
 
     def read(self, ids: list[list[int]], configs: list[dict[str, Any]]) -> Answer:
@@ -173,15 +173,6 @@ def _weight_bytes(model: Any) -> int:
     inputs, outputs = model.get_input_embeddings().state_dict(), model.get_output_embeddings().state_dict()
     only_looked_up = {tensor.data_ptr() for tensor in inputs.values()} - {x.data_ptr() for x in outputs.values()}
     return sum(size for address, size in held.items() if address not in only_looked_up)
-
-
-def _fingerprint(model: Any) -> str:
-    """A hash of the first values of every weight: two sides must load the same."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def obey(worker: Any) -> None:
