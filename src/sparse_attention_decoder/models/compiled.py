@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -134,17 +134,17 @@ class _Steps:
     """The compiled steps of a model, by rows decoded together."""
 
     def __init__(self, model: PreTrainedModel, stage: Stage) -> None:
-        self._model, self._stage = model, stage
+        self._traced, self._stage = TracedStep(model), stage
         self._steps: dict[int, Step] = {}
-        self._weights = {f"model.{name}": tensor.detach() for name, tensor in _tensors(model)}
+        self._weights = {name: tensor.detach() for name, tensor in _tensors(self._traced)}
 
     def of(self, rows: int) -> Step:
         """(ids, positions) [rows, 1] int64 -> logits [rows, 1, V]."""
         if rows not in self._steps:
-            place = cache_directory() / "steps" / f"{_identity(self._model, self._weights, rows)}.pt2"
+            place = cache_directory() / "steps" / f"{_identity(self._traced, self._weights, rows)}.pt2"
             if not _is_whole(place):
                 self._stage(f"compiling the decode step of {rows} row{'s' * (rows > 1)}, once: about a minute")
-                _compile(self._model, rows, place)
+                _compile(self._traced, rows, place)
             self._stage("loading the compiled decode step")
             self._steps[rows] = self._load(place)
         return self._steps[rows]
@@ -160,18 +160,18 @@ class _Steps:
         return _Loaded(runner, held)
 
 
-def _tensors(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _identity(model: PreTrainedModel, weights: dict[str, Tensor], rows: int) -> str:
+def _identity(step: TracedStep, weights: dict[str, Tensor], rows: int) -> str:
     """16 hex digits that change with all that is compiled in: the model's make-up, but not its weights."""
     # compiled for this very processor: a home directory may be shared by others
     processor = {name: value for name, value in torch.cpu.get_capabilities().items() if value is True}
     made_of: list[Any] = [_FORMAT, torch.__version__, transformers.__version__, processor, rows]
-    made_of += [model.config.to_json_string(use_diff=False), _OPTIONS]
+    made_of += [step.model.config.to_json_string(use_diff=False), _OPTIONS]
     made_of += [f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}" for name, tensor in weights.items()]
-    made_of += [str(model)]
+    made_of += [str(step)]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
@@ -205,14 +205,14 @@ def _is_whole(place: Path) -> bool:
 
 
 @torch.no_grad()
-def _compile(model: PreTrainedModel, rows: int, place: Path) -> None:
+def _compile(step: TracedStep, rows: int, place: Path) -> None:
     draft = place.with_name(f"{place.stem}.{secrets.token_hex(4)}.pt2")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             # of PyTorch's own compiler, about itself
             warnings.simplefilter("ignore")
-            group_size = _compile_to(model, rows, draft)
+            group_size = _compile_to(step, rows, draft)
         facts = {"group_size": group_size, "sha256": hashlib.sha256(draft.read_bytes()).hexdigest()}
         _facts_of(draft).write_text(json.dumps(facts), encoding="utf-8")
         # one without the other is compiled again
@@ -228,12 +228,12 @@ def _compile(model: PreTrainedModel, rows: int, place: Path) -> None:
                 left.unlink()
 
 
-def _compile_to(model: PreTrainedModel, rows: int, draft: Path) -> int:
+def _compile_to(step: TracedStep, rows: int, draft: Path) -> int:
     """Write the compiled step; the group size of its quantised matrices, 0 for none."""
     ids = torch.zeros(rows, 1, dtype=torch.int64)
     try:
-        traced = torch.export.export(TracedStep(model), (ids, ids.clone()), strict=False)
-        _require_all_layers(model, traced)
+        traced = torch.export.export(step, (ids, ids.clone()), strict=False)
+        _require_all_layers(step.model, traced)
         sizes = {int(str(node.args[2])) for node in traced.graph.nodes if "int4pack_mm" in str(node.target)}
         torch._inductor.aoti_compile_and_package(traced, package_path=str(draft), inductor_configs=_OPTIONS)
     except UnsupportedError:

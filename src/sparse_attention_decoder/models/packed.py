@@ -30,6 +30,8 @@ class Packed(nn.Module):
     """
 
     multiple: ClassVar[tuple[int, int]]
+    # which axis of the scales is that of the rows
+    scales_axis: ClassVar[int]
     codes: Tensor
     scales: Tensor
 
@@ -37,6 +39,11 @@ class Packed(nn.Module):
         super().__init__()
         self.out_features, self.in_features = rows, columns
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.bfloat16), requires_grad=False)
+
+    @property
+    def is_whole_blocks(self) -> bool:
+        """Whether codes of another matrix behind its own make up one matrix."""
+        return True
 
     @classmethod
     def takes(cls, rows: int, columns: int) -> bool:
@@ -53,7 +60,7 @@ class Packed(nn.Module):
             raise UnsupportedError(f"weights in {self.extra_repr()} have no gradients; train with float32 or bf16")
         flat = x.reshape(-1, self.in_features)
         if flat.shape[0] < MANY_ROWS:
-            product = self._multiply(flat)
+            product = self.product(flat)
         else:
             product = functional.linear(flat, self._dequantised(torch.bfloat16))
         if self.bias is not None:
@@ -66,14 +73,15 @@ class Packed(nn.Module):
 
     # quantises rows [n, K] of a float matrix to the places from `start` on, a multiple of ROWS_AT_ONCE
     fill: Callable[[int, Tensor], None]
-    _multiply: Callable[[Tensor], Tensor]
+    # x W^T of a few rows [n, K] in bfloat16, without the bias
+    product: Callable[[Tensor], Tensor]
     _dequantised: Callable[[torch.dtype], Tensor]
 
 
 class Int8Linear(Packed):
     """Codes int8 [N, K] and a scale for each row, bfloat16 [N]: weight = code * scale."""
 
-    multiple = (1, 16)
+    multiple, scales_axis = (1, 16), 0
 
     def __init__(self, rows: int, columns: int, bias: Tensor | None = None) -> None:
         super().__init__(rows, columns, bias)
@@ -94,7 +102,8 @@ class Int8Linear(Packed):
             (rows / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
         )
 
-    def _multiply(self, flat: Tensor) -> Tensor:
+    def product(self, flat: Tensor) -> Tensor:
+        """Rows [n, K] in bfloat16 times the matrix: [n, N], without the bias."""
         product: Tensor = torch.ops.aten._weight_int8pack_mm(flat, self.codes, self.scales)
         return product
 
@@ -108,7 +117,7 @@ class Int4Linear(Packed):
     Of 32 weights of a row: weight = (code - 8) * scales[..., 0] + scales[..., 1].
     """
 
-    multiple = (16, GROUP)
+    multiple, scales_axis = (16, GROUP), 1
 
     def __init__(self, rows: int, columns: int, bias: Tensor | None = None) -> None:
         super().__init__(rows, columns, bias)
@@ -119,6 +128,11 @@ class Int4Linear(Packed):
     def extra_repr(self) -> str:
         """How messages and printed models name it."""
         return "int4"
+
+    @property
+    def is_whole_blocks(self) -> bool:
+        """Whether rows that ATen interleaves are all its own."""
+        return self.out_features % _block() == 0
 
     def fill(self, start: int, rows: Tensor) -> None:
         """Quantise rows [n, K] between the least and the greatest of each 32."""
@@ -141,8 +155,11 @@ class Int4Linear(Packed):
         self.codes[start:stop] = _pack(codes.flatten(1))
         self.scales[:, start:stop] = torch.stack([scale.T, zero.T], -1).to(torch.bfloat16)
 
-    def _multiply(self, flat: Tensor) -> Tensor:
-        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.codes, GROUP, self.scales)
+    def product(self, flat: Tensor) -> Tensor:
+        """Rows [n, K] in bfloat16 times the matrix: [n, N], without the bias."""
+        # a part of a larger matrix has scales that are not in one piece, see `siblings`
+        scales = self.scales.contiguous()
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.codes, GROUP, scales)
         return product
 
     def _dequantised(self, dtype: torch.dtype) -> Tensor:
@@ -183,8 +200,7 @@ def _pack(codes: Tensor) -> Tensor:
 def _unpack(packed: Tensor) -> Tensor:
     """The inverse of _pack, transposed: uint8 [K, N]. ATen has none."""
     rows, columns = packed.shape[0], 2 * packed.shape[1]
-    capability = torch.backends.cpu.get_cpu_capability()
-    block = _BLOCKS.get(capability, 32)
+    capability, block = torch.backends.cpu.get_cpu_capability(), _block()
     whole = rows // block * block
     # x86 kernels keep the first half of a block in the low bits; elsewhere, and in a last part, neighbours share a byte
     halves = packed[:whole].view(-1, columns, block // 2)
@@ -195,6 +211,10 @@ def _unpack(packed: Tensor) -> Tensor:
         return found
     pairs = packed[whole:].view(columns, -1)
     return torch.cat([found, torch.stack([pairs & 15, pairs >> 4], -1).flatten(1)], 1)
+
+
+def _block() -> int:
+    return _BLOCKS.get(torch.backends.cpu.get_cpu_capability(), 32)
 
 
 @cache

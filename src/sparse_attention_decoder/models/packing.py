@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,11 +18,11 @@ from sparse_attention_decoder.models import gguf_file
 from sparse_attention_decoder.models.conversion import GGUF_ERRORS, check_gguf
 from sparse_attention_decoder.models.kept import identity, keep, reason
 from sparse_attention_decoder.models.packed import ROWS_AT_ONCE, Int4Linear, Packed
-from sparse_attention_decoder.models.tensor_file import TensorFile, Weight, safetensors_of
+from sparse_attention_decoder.models.tensor_file import TensorFile, Weight, mapped, safetensors_of
 from sparse_attention_decoder.models.weights import cast, replace, require_cpu
 
 # raise it when what is written changes: what older versions left is then packed again
-_FORMAT = 1
+_FORMAT = 2
 _FILE, _INDEX = "packed.safetensors", "model.safetensors.index.json"
 # the arguments that say where a model is: its tokenizer is there too
 WHERE = {"cache_dir", "gguf_file", "local_files_only", "revision", "subfolder", "token", "trust_remote_code"}
@@ -81,7 +80,7 @@ def load_packed(
             model.generation_config = GenerationConfig.from_pretrained(home, **where)
     except GGUF_ERRORS as error:
         raise ModelLoadError(f"cannot load the causal language model {place}: {reason(error)}") from error
-    _assign(replace(model, weights), load_file(folder / _FILE))
+    _assign(replace(model, weights), mapped(folder / _FILE))
     return model.eval(), home
 
 

@@ -2,16 +2,18 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.kernels.cpu import NAMESPACE
 from sparse_attention_decoder.models.cache import SparseCache
+from sparse_attention_decoder.models.siblings import Siblings, lay_side_by_side
 from sparse_attention_decoder.selection import Rows
 
 # how the attention function finds out, while a graph is traced, which layer it is in
@@ -73,14 +75,26 @@ def attend_traced(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> 
 
 
 class TracedStep(nn.Module):
-    """The module that is compiled: ids and positions [B, 1] int64 in, logits [B, 1, V] out."""
+    """The module that is compiled: ids and positions [B, 1] int64 in, logits [B, 1, V] out.
+
+    Lays the model's packed matrices with one input side by side.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        first = torch.zeros(1, 1, dtype=torch.int64)
+        with torch.no_grad(), running_on(SparseCache(model.config, AttentionConfig())):
+            self.siblings = nn.ModuleList(lay_side_by_side(model, lambda: self._logits(first, first)))
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [B, 1, V] of the token behind those that the running cache holds."""
+        with ExitStack() as stack:
+            for group in self.siblings:
+                stack.enter_context(cast(Siblings, group).in_one_product())
+            return self._logits(ids, positions)
+
+    def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
         cache = TracedCache(self.model.config)
         logits: Tensor = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
         return logits

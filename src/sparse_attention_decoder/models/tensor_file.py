@@ -60,6 +60,23 @@ def safetensors_of(files: list[Path]) -> dict[str, Weight]:
     return found
 
 
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a TensorFile as views of one storage: the file in memory, read where it is touched."""
+    held = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(held[:8].numpy().tobytes(), "little")
+    header = json.loads(held[8:start].numpy().tobytes())
+    types = {name: dtype for dtype, name in _NAMES.items()}
+    return {
+        name: held[start + low : start + high].view(types[facts["dtype"]]).view(facts["shape"])
+        for name, facts in header.items()
+        for low, high in [facts["data_offsets"]]
+    }
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 class TensorFile:
     """A safetensors file to put tensors into one by one, in any order: the library's own wants all of them in memory.
 
@@ -70,8 +87,11 @@ class TensorFile:
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self._path, self._offsets, end = path, {}, 0
         header: dict[str, Any] = {}
-        # those that end between cache lines come last, so that the others begin at one
-        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].nbytes % _ALIGNMENT != 0):
+        # those that end between cache lines come last, so that the others begin at one; of one kind side by side, for
+        # matrices that lie so can be read as one, see `siblings`
+        for name, tensor in sorted(
+            tensors.items(), key=lambda item: (item[1].nbytes % _ALIGNMENT != 0, _kind(item[0]))
+        ):
             self._offsets[name] = (end, tensor.dtype, tensor.shape)
             header[name] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape]}
             header[name]["data_offsets"] = [end, end + tensor.nbytes]
