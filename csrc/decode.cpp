@@ -64,7 +64,7 @@ inline void hand_out(const sad_call* c, Unit u, Work* w) {
   }
 }
 
-// writes the new token of a unit behind those held, and its code
+// writes the new token of a unit behind those held and, where it is asked for, its code
 template <class T>
 void append(const sad_call* c, Unit u) {
   const int64_t last = c->length - 1;
@@ -90,12 +90,19 @@ void append(const sad_call* c, Unit u) {
     memcpy(key, static_cast<const T*>(c->new_key) + u.index * c->dim, c->dim * sizeof(T));
     memcpy(value, static_cast<const T*>(c->new_value) + u.index * c->value_dim, c->value_dim * sizeof(T));
   }
+  if (!c->count) return;
   own.start = last;
   own.codes = const_cast<uint8_t*>(codes_of(c, u));
   own.factors = const_cast<uint16_t*>(factors_of(c, u));
   own.mean = c->mean + u.index * c->dim;
   own.deviation = c->deviation + u.index * c->dim;
   SAD_NAMED(encode)(&own);
+}
+
+template <class T>
+int append_and_attend(const sad_call* c) {
+  for (int64_t i = 0; c->new_key && i < c->batch * c->kv_heads; i++) append<T>(c, unit_at(c, i));
+  return attend<T>(c);
 }
 
 template <class T>
@@ -247,6 +254,6 @@ int read_all(const sad_call* c) {
 
 int SAD_NAMED(score)(const sad_call* c) { return score(c); }
 int SAD_NAMED(select)(const sad_call* c) { return select(c); }
-int SAD_NAMED(attend)(const sad_call* c) { SAD_BY_TYPE(attend) }
+int SAD_NAMED(attend)(const sad_call* c) { SAD_BY_TYPE(append_and_attend) }
 int SAD_NAMED(step)(const sad_call* c) { SAD_BY_TYPE(step) }
 int SAD_NAMED(read)(const sad_call* c) { return read_all(c); }

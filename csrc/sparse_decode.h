@@ -35,7 +35,8 @@ typedef struct {
   void* values;
   int64_t value_row, value_head, value_token;
   int64_t length;
-  // the token to append, [B, Hkv, D] and [B, Hkv, Dv] contiguous, in the query's dtype, or null
+  // the token to append, [B, Hkv, D] and [B, Hkv, Dv] contiguous, in the query's dtype, or null: it becomes the last of
+  // `length`; step codes it where `count` is 1, not where it is 0
   const void* new_key;
   const void* new_value;
   // codes [B, Hkv, N/16, W, 16, 4] uint8 and factors [B, Hkv, N] float16; token `start` is the next to be coded
@@ -100,7 +101,8 @@ int sad_pack(const sad_call* call);
 int sad_score(const sad_call* call);
 // logits, near_lse -> tokens, counts, missing
 int sad_select(const sad_call* call);
-// query, keys and values at tokens -> output, lse; tokens null: all of `length`, middle marking those that count
+// append (where there is a new token), then query, keys and values at tokens -> output, lse; tokens null: all of
+// `length`, middle marking those that count
 int sad_attend(const sad_call* call);
 // append (where there is a new token), score, select and attend in one call; answers the largest of the counts
 int sad_step(const sad_call* call);

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from test_decoder import tokenizer
 
 from sparse_attention_decoder import AttentionConfig, SparseAttention, SparseCache, disable, enable
 from sparse_attention_decoder.errors import BackendError, CacheDirectoryError, UnsupportedError
@@ -217,3 +218,16 @@ def test_the_op_passes_pytorchs_checks():
     query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16)
     op = getattr(torch.ops, NAMESPACE).decode.default
     assert op(*(x.to("meta") for x in (query, key, key)), 0, 1.0).shape == (1, 1, 4, 16)
+
+
+def test_a_trace_is_that_of_the_eager_step():
+    text = "a tiny text that is longer than its budget of tokens"
+    decoder = SparseAttention(tiny.BITING, tiny.build("llama"), tokenizer())
+    expected = decoder.trace(text, chat=False)
+    compiled.install(decoder.model)
+    forward = decoder.model.forward
+    found = decoder.trace(text, chat=False)
+    assert found.tokens == expected.tokens and len(found.heads) == len(expected.heads) > 0
+    for ours, theirs in zip(found.heads, expected.heads, strict=True):
+        assert torch.equal(ours.positions, theirs.positions) and torch.equal(ours.weights, theirs.weights)
+    assert decoder.model.forward is forward

@@ -27,12 +27,13 @@ LEVELS = {
     "policies": 3,
     "attention": 4,
     "prefill": 4,
-    "models": 5,
-    "decoder": 6,
-    "session": 6,
-    "trace": 6,
-    "measure": 7,
-    "cli": 8,
+    "ready": 5,
+    "models": 6,
+    "decoder": 7,
+    "session": 7,
+    "trace": 7,
+    "measure": 8,
+    "cli": 9,
 }
 LONGEST_FUNCTION, LONGEST_FILE = 60, 300
 

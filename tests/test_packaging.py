@@ -34,7 +34,7 @@ def struct_fields() -> list[tuple[str, bool]]:
 
 
 def test_the_struct_is_filled_as_it_is_declared():
-    assert [name for name, _ in struct_fields()] == list(library._FIELDS)
+    assert [name for name, _ in struct_fields()] == list(library.FIELDS)
     assert library._LAYOUT.format == "=" + "".join("d" if double else "q" for _, double in struct_fields())
 
 

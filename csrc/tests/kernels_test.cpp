@@ -256,7 +256,7 @@ void check_packed_append(Case& c) {
       memset(c.codes.data + (((unit * c.blocks() + last / 16) * c.words + word) * 16 + last % 16) * 4, 0xff, 4);
   }
   call = c.call;
-  call.new_key = key.data, call.new_value = value.data, call.floor = 5;
+  call.new_key = key.data, call.new_value = value.data, call.count = 1, call.floor = 5;
   check_step(c, call);
   expect(all() == before, "append: packed");
 }
@@ -279,7 +279,7 @@ void check_append(Case& c) {
       memset(c.codes.data + (((unit * c.blocks() + last / 16) * c.words + word) * 16 + last % 16) * 4, 0xff, 4);
   }
   sad_call call = c.call;
-  call.new_key = key.data, call.new_value = value.data, call.floor = 5;
+  call.new_key = key.data, call.new_value = value.data, call.count = 1, call.floor = 5;
   check_step(c, call);
   expect(!memcmp(c.codes.data, codes.data(), codes.size()), "append: codes");
 }

@@ -222,7 +222,7 @@ class SparseAttention(nn.Module):
         ids = self.prompt_ids(text, chat)
         self.check_ids(ids, 0)
         cache = self.prefill(ids[:, :-1]) if ids.shape[1] > 1 else SparseCache(self.model.config, self.config)
-        with torch.no_grad():
+        with torch.no_grad(), compiled.set_aside(self.model):
             self.model(ids[:, -1:], past_key_values=cache, use_cache=True)
         tokens = tuple(self.require_tokenizer().decode([token]) for token in ids[0].tolist())
         heads = []

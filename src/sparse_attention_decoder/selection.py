@@ -56,7 +56,7 @@ class Rows:
     @classmethod
     def full(cls, batch: int, length: int) -> "Rows":
         """Rows without padding."""
-        return cls(length, (length,) * batch)
+        return _full_rows(batch, length)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "Rows":
@@ -112,7 +112,12 @@ class Rows:
         return Regions(near, near_valid, low, high, middle, tuple(middle.sum(-1).tolist()))
 
 
-# every layer of a step asks the same question
+# every layer of a step asks the same two questions
+@lru_cache(maxsize=4)
+def _full_rows(batch: int, length: int) -> Rows:
+    return Rows(length, (length,) * batch)
+
+
 @lru_cache(maxsize=4)
 def _full_regions(batch: int, length: int, sinks: int, window: int, device: torch.device) -> Regions:
     low = min(sinks, length)

@@ -30,10 +30,13 @@ class KVBuffer:
     def __init__(self, kv_dtype: str | None = None, backend: str = "auto") -> None:
         self.kv_dtype = kv_dtype
         self._backend = backend
+        # goes up whenever what is held moves, so that addresses of it are no longer good
+        self.changes = 0
         self.reset()
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
+        self.changes += 1
         self.length = 0
         self.limit: int | None = None
         self.evicted = self.demoted = 0
@@ -57,6 +60,11 @@ class KVBuffer:
         """Tokens that fit before the next growth."""
         # the least of all: growing may have been broken off in between
         return min((held.shape[2] for held in self._stored.values()), default=0)
+
+    @property
+    def steady_tokens(self) -> int:
+        """Tokens that can be held before anything has to move."""
+        return self.capacity
 
     @property
     def seen(self) -> int:
@@ -145,6 +153,11 @@ class KVBuffer:
                 place.copy_(new)
         self.length = needed
 
+    def advance(self) -> None:
+        """One more token is held: a kernel has written it."""
+        self._views.clear()
+        self.length += 1
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, so that what is appended up to there is never copied."""
         self._reserved = tokens
@@ -167,7 +180,7 @@ class KVBuffer:
             )
         if self._stored:
             self._kernels = kernels = self._resolve(kv_dtype, self.keys, self.values)
-            self._views.clear()
+            self._moved()
             fresh: dict[str, Tensor] = {}
             for name in ("keys", "values"):
                 old = self._view(name, 0, self.length)
@@ -210,7 +223,7 @@ class KVBuffer:
         """
         stored = {name: held for name, held in tensors.items() if name in _NAMES}
         forms = {Packed.storage(8, name)[1]: name for name in KV_BITS}
-        self._views.clear()
+        self._moved()
         self._stored, self.kv_dtype = stored, forms.get(stored["keys"].dtype)
         self._dtype = stored["keys"].dtype if self.kv_dtype is None else dtype
         self._check_pair(stored["keys"], stored["values"])
@@ -226,7 +239,7 @@ class KVBuffer:
 
         Works in place where the capacity stays, else one stored tensor at a time.
         """
-        self._views.clear()
+        self._moved()
         for name in self._stored:
             held = self._stored[name]
             if capacity != held.shape[2]:
@@ -240,7 +253,7 @@ class KVBuffer:
 
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` [B'] int64 held: reorder, repeat or select rows."""
-        self._views.clear()
+        self._moved()
         for name in self._stored:
             held = self._stored[name]
             taken = held[:, :, : self.length].index_select(0, rows.to(held.device))
@@ -266,7 +279,12 @@ class KVBuffer:
     def _resolve(self, kv_dtype: str, keys: Tensor | Packed, values: Tensor | Packed) -> Kernels:
         return resolve(self._backend, Request(keys.device, self._dtype, keys.shape[-1], values.shape[-1], kv_dtype))
 
+    def _moved(self) -> None:
+        self._views.clear()
+        self.changes += 1
+
     def _grow(self, capacity: int) -> None:
+        self._moved()
         # one tensor after the other, so that no more than one is there twice
         for name in self._stored:
             held = self._stored[name]

@@ -16,6 +16,7 @@ from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
 from sparse_attention_decoder.kernels import Packed
 from sparse_attention_decoder.policies import resolve
+from sparse_attention_decoder.ready import Ready
 from sparse_attention_decoder.selection import Held, Reads, Rows
 
 # how the attention function finds the layer behind a key tensor: no globals, safe with many caches and threads
@@ -40,7 +41,9 @@ class SparseLayer(DynamicLayer):
         self.is_croppable = not config.is_capped
         # whether the newest views are NaN in place of the history
         self.hides = False
-        # the newest decode step, for traces: query [B, Hq, D], rows, scaling and the result
+        # what a compiled step has prepared for the next one
+        self.ready: Ready | None = None
+        # the newest decode step, for traces, unless it was compiled: query [B, Hq, D], rows, scaling and the result
         self.last: tuple[Tensor, Rows, float, Decoded] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -71,6 +74,7 @@ class SparseLayer(DynamicLayer):
         """Add keys and values [B, Hkv, N, D] behind those held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.ready = None
         self.state.append(key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -130,7 +134,7 @@ class SparseLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything and free the memory."""
         self.state.reset()
-        self.last, self.hides = None, False
+        self.last, self.ready, self.hides = None, None, False
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -7,8 +7,8 @@ import logging
 import os
 import secrets
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,23 @@ def remove(model: PreTrainedModel) -> None:
         del model.forward
         if own_forward is not None:
             model.forward = own_forward
+
+
+@contextmanager
+def set_aside(model: PreTrainedModel) -> Iterator[None]:
+    """While it is entered, decode steps run as before `install`: what they leave to look at is then whole."""
+    compiled_forward = vars(model).get("forward") if hasattr(model, _STATE) else None
+    if compiled_forward is None:
+        yield
+        return
+    _, own_forward = getattr(model, _STATE)
+    del model.forward
+    if own_forward is not None:
+        model.forward = own_forward
+    try:
+        yield
+    finally:
+        model.forward = compiled_forward
 
 
 def _dispatch(model: PreTrainedModel, steps: "_Steps", forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.kernels.cpu import NAMESPACE
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.siblings import Siblings, lay_side_by_side
+from sparse_attention_decoder.ready import Ready
 from sparse_attention_decoder.selection import Rows
 
 # how the attention function finds out, while a graph is traced, which layer it is in
@@ -29,9 +30,14 @@ _library.define("decode(Tensor query, Tensor key, Tensor value, int layer, float
 
 def _decode(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
     own = _running.cache.layers[layer]
-    own.append(key, value)
-    rows = Rows.full(query.shape[0], own.state.buffer.length)
-    output: Tensor = own.decode(query[:, :, 0], rows, scaling).unsqueeze(1)
+    output: Tensor | None = None if own.ready is None else own.ready.step(query, key, value)
+    if output is None:
+        own.append(key, value)
+        rows = Rows.full(query.shape[0], own.state.buffer.length)
+        output = own.decode(query[:, :, 0], rows, scaling).unsqueeze(1)
+        own.ready = Ready.after(own.state, query, scaling)
+    # compiled code may use the query's memory for something else by the time that anyone asks
+    own.last = None
     return output
 
 

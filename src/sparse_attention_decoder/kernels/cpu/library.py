@@ -4,7 +4,7 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from struct import Struct
@@ -21,7 +21,7 @@ ISA_VARIABLE = "SPARSE_ATTENTION_DECODER_ISA"
 ISAS = ("avx512", "avx2", "portable")
 
 # sad_call of csrc/sparse_decode.h, field for field
-_FIELDS = [
+FIELDS = [
     "batch",
     "kv_heads",
     "group",
@@ -82,8 +82,8 @@ _FIELDS = [
     "value_scale_head",
     "value_rotation",
 ]
-_LAYOUT = Struct("=" + "".join("d" if name in ("threshold", "scaling") else "q" for name in _FIELDS))
-_NOTHING: dict[str, float] = dict.fromkeys(_FIELDS, 0)
+_LAYOUT = Struct("=" + "".join("d" if name in ("threshold", "scaling") else "q" for name in FIELDS))
+_NOTHING: dict[str, float] = dict.fromkeys(FIELDS, 0)
 
 # of queries and of a cache; the last two are codes of a packed one
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -149,19 +149,33 @@ def call(operation: str, *groups: dict[str, int], **fields: float) -> int:
     Raises:
         MemoryError: no memory for its scratch.
     """
-    filled: dict[str, float] = {**_NOTHING, "threads": torch.get_num_threads(), **fields}
+    return run(operation, filled(fields, *groups, {"threads": torch.get_num_threads()}))
+
+
+def filled(*groups: Mapping[str, float]) -> bytes:
+    """The struct with these fields, those left out being 0."""
+    numbers = dict(_NOTHING)
     for group in groups:
-        filled.update(group)
-    answer = _function(operation)(_LAYOUT.pack(*filled.values()))
+        numbers.update(group)
+    return _LAYOUT.pack(*numbers.values())
+
+
+def run(operation: str, struct: bytes | int) -> int:
+    """Run one operation with a filled struct, or with the one at an address; what it answers.
+
+    Raises:
+        MemoryError: no memory for its scratch.
+    """
+    answer = _function(operation)(struct)
     if answer < 0:
         raise MemoryError(f"{operation}: no memory for scratch")
     return answer
 
 
 @cache
-def _function(operation: str) -> Callable[[bytes], int]:
+def _function(operation: str) -> Callable[[bytes | int], int]:
     library = load()
     assert not isinstance(library, str)
     found = getattr(library, operation)
-    found.argtypes = [ctypes.c_char_p]
-    return cast("Callable[[bytes], int]", found)
+    found.argtypes = [ctypes.c_void_p]
+    return cast("Callable[[bytes | int], int]", found)

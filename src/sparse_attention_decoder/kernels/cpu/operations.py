@@ -35,7 +35,7 @@ def pack(x: Tensor, into: Packed) -> None:
         raise ShapeError(f"{tuple(x.shape)} does not fit a packed view of {tuple(into.shape)}")
     x = x.contiguous()
     call(
-        "sad_pack", _cache(into, None), new_key=_at(x), query_type=DTYPES[x.dtype], count=x.shape[2],
+        "sad_pack", cache_fields(into, None), new_key=_at(x), query_type=DTYPES[x.dtype], count=x.shape[2],
         rotation=_at(_rotation(x.shape[3])),
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ def fit(keys: Tensor | Packed) -> tuple[Tensor, Tensor]:
     mean, deviation = torch.empty(heads, dim), torch.empty(heads, dim)
     held = _rows(keys)[None]
     call(
-        "sad_fit", _cache(held, None), count=tokens, mean=_at(mean), deviation=_at(deviation),
+        "sad_fit", cache_fields(held, None), count=tokens, mean=_at(mean), deviation=_at(deviation),
         rotation=_at(_rotation(dim)),
     )  # fmt: skip
     return mean, deviation
@@ -62,7 +62,7 @@ def encode(keys: Tensor | Packed, coded: Coded, start: int) -> None:
             f"tokens {start} to {start + keys.shape[2]} do not fit a sketch of {coded.factors.shape[2]} tokens"
         )
     keys = _rows(keys)
-    call("sad_encode", _cache(keys, None), _sketch(coded), start=start, count=keys.shape[2])
+    call("sad_encode", cache_fields(keys, None), sketch_fields(coded), start=start, count=keys.shape[2])
 
 
 def score(query: Tensor, coded: Coded, low: int, high: int, scaling: float, out: Tensor | None = None) -> Tensor:
@@ -80,7 +80,7 @@ def score(query: Tensor, coded: Coded, low: int, high: int, scaling: float, out:
     logits = torch.empty(shape) if out is None else out
     if high > low:
         call(
-            "sad_score", _query(query, heads), _sketch(coded), kv_heads=heads, dim=query.shape[2], low=low,
+            "sad_score", _query(query, heads), sketch_fields(coded), kv_heads=heads, dim=query.shape[2], low=low,
             high=high, scaling=scaling, logits=_at(logits),
         )  # fmt: skip
     return logits
@@ -168,11 +168,11 @@ def step(
     width = max(0, regions.high - regions.low)
     tokens, counts, missing = _chosen(batch, heads, width)
     most = call(
-        "sad_step", _query(query, heads), _cache(keys, values), _sketch(coded), output=_at(output),
+        "sad_step", _query(query, heads), cache_fields(keys, values), sketch_fields(coded), output=_at(output),
         lse=_at(lse), near=_at(near), near_valid=_at(near_valid), near_count=regions.near.shape[1], low=regions.low,
         high=regions.high, middle=_at(middle), floor=floor, cap=-1, threshold=threshold, scaling=scaling,
         tokens=_at(tokens), tokens_room=width, counts=_at(counts), missing=_at(missing), new_key=_at(key),
-        new_value=_at(value),
+        new_value=_at(value), count=int(appended is not None),
     )  # fmt: skip
     return output, lse, tokens[..., :most], counts, missing
 
@@ -190,7 +190,7 @@ def _attend(
     query, keys, values = _query_rows(query, keys.shape[1]), _rows(keys), _rows(values)
     output, lse = _results(query, values)
     call(
-        "sad_attend", _query(query, keys.shape[1]), _cache(keys, values), output=_at(output),
+        "sad_attend", _query(query, keys.shape[1]), cache_fields(keys, values), output=_at(output),
         lse=_at(lse), scaling=scaling, tokens=tokens, tokens_room=count, tokens_valid=listed, middle=valid,
     )  # fmt: skip
     return output, lse
@@ -218,7 +218,8 @@ def _query(query: Tensor, kv_heads: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _cache(keys: Tensor | Packed, values: Tensor | Packed | None) -> dict[str, int]:
+def cache_fields(keys: Tensor | Packed, values: Tensor | Packed | None) -> dict[str, int]:
+    """The struct's fields of a cache."""
     batch, heads, length, dim = keys.shape
     kind = PACKED[keys.codes.dtype] if isinstance(keys, Packed) else DTYPES[keys.dtype]
     fields = {"batch": batch, "kv_heads": heads, "dim": dim, "cache_type": kind, "length": length}
@@ -241,7 +242,8 @@ def _held(name: str, x: Tensor | Packed) -> dict[str, int]:
     return fields
 
 
-def _sketch(coded: Coded) -> dict[str, int]:
+def sketch_fields(coded: Coded) -> dict[str, int]:
+    """The struct's fields of a sketch."""
     # the same sketch comes back at every step: its addresses are looked up once, and anew in a deep copy
     known: dict[str, int] | None = vars(coded).get(_FIELDS)
     if known is None or known["codes"] != coded.codes.data_ptr():
