@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +18,15 @@ from sparse_attention_decoder.cli.bench import (
     TextList,
     ThreadsOption,
 )
-from sparse_attention_decoder.cli.terminal import ModelOption, console, load_model, out, progress_bar
-from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.cli.terminal import (
+    KvOption,
+    ModelOption,
+    WeightsOption,
+    console,
+    load_model,
+    out,
+    progress_bar,
+)
 from sparse_attention_decoder.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,14 +54,17 @@ def evaluate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="answers: JSON lines as in LongBench or L-Eval.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; float32 if --weights says nothing else.")] = None,
+    weights: WeightsOption = None,
+    kv_dtype: KvOption = None,
     threads: ThreadsOption = None,
     out_file: OutOption = Path("records/quality.jsonl"),
 ) -> None:
     """How far sparse decoding strays from dense: agreement, perplexity, retrieval, question answering.
 
     The context is read densely once and shared by all policies; what is measured is then decoded one token at
-    a time under each. Interrupted runs go on where they stopped.
+    a time under each. Dense has the same weights, keys and values, packed alike where --weights or --kv-dtype say
+    so: what is told is what reading few tokens costs. Interrupted runs go on where they stopped.
 
     Examples:
 
@@ -62,6 +73,8 @@ def evaluate(
       sparse-decoder eval retrieval --task niah_single --task vt --context 4096 --samples 11
 
       sparse-decoder eval answers --file questions.jsonl --chat
+
+      sparse-decoder eval agreement --weights int4 --kv-dtype int8
     """
     wanted, form = _parts(parts, file), "chat" if chat else "base"
     import torch
@@ -75,10 +88,13 @@ def evaluate(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    decoder = load_model(model, AttentionConfig(policy="dense"), dtype=getattr(torch, dtype.value))
+    kv, held = kv_dtype and kv_dtype.value, dtype or (None if weights else Dtype.float32)
+    kwargs = {"dtype": getattr(torch, held.value)} if held else {}
+    grid = [replace(config, kv_dtype=kv) for config in configs(["dense", *policy], budget, window)]
+    decoder = load_model(model, grid[0], weights, **kwargs)
     with _listener() as listener:
-        grid = configs(["dense", *policy], budget, window)
-        run = Evaluation(decoder, model_name(model), grid, Records(out_file, facts()), listener)
+        records = Records(out_file, facts())
+        run = Evaluation(decoder, model_name(model), grid, records, listener, weights and weights.value)
         if "agreement" in wanted:
             run.agreement(texts(text), context, steps)
         if "retrieval" in wanted:
