@@ -22,6 +22,7 @@ from typing import Any
 from sparse_attention_decoder.measure.machine import facts
 from sparse_attention_decoder.models.identity import weights as fingerprint
 from sparse_attention_decoder.models.loading import default_gguf, load
+from sparse_attention_decoder.models.weights import FORMS
 
 SOURCES, STARTS = ("gguf", "directory"), ("first", "next")
 MIB = 1 << 20
@@ -30,7 +31,7 @@ MIB = 1 << 20
 def main() -> None:
     """Load in processes of their own, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", action="append", help="repeat for several; default: bf16, int8 and int4")
+    parser.add_argument("--weights", action="append", help="repeat for several; default: all four forms")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--load", nargs=2, metavar=("SOURCE", "WEIGHTS"), help="only load, and print what it took")
     given = parser.parse_args()
@@ -40,11 +41,10 @@ def main() -> None:
     machine = facts()
     print(f"{'source':10} {'weights':8} {'start':6} {'peak':>6} {'held':>6} {'weights':>8} {'ratio':>6} {'s':>6}")
     with tempfile.TemporaryDirectory() as folder, given.out.open("a", encoding="utf-8") as file:
-        model, _ = load(weights="float32")
-        model.save_pretrained(directory := f"{folder}/model")
-        del model
+        directory = f"{folder}/model"
+        load(weights="float32")[0].save_pretrained(directory)
         for name in SOURCES:
-            for weights in given.weights or ["bf16", "int8", "int4"]:
+            for weights in given.weights or FORMS:
                 for start in STARTS:
                     source = str(default_gguf()) if name == "gguf" else directory
                     found = in_a_process(source, weights, f"{folder}/{name}-{weights}")

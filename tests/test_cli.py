@@ -75,6 +75,18 @@ def test_compare_shows_speed_bytes_and_agreement(directory: Path, capsys: pytest
     assert 60 < avoided < 95
 
 
+def test_compare_says_which_sides_are_compiled(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("sparse_attention_decoder.models.compiled.install", lambda *given: asked.append(given))
+    assert run("generate", TEXT, "-m", directory, "-n", 4, "--compare", "--compile", *SPARSE) == 0
+    printed = capsys.readouterr().out
+    assert len(asked) == 1
+    for expected in ("transformers, dense  ", "ours, dense, compiled", "ours, sparse, compiled"):
+        assert expected in printed
+
+
 def test_eval_records_how_weights_keys_and_values_are_packed(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

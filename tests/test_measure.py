@@ -46,6 +46,16 @@ def test_the_dense_side_writes_what_plain_transformers_writes() -> None:
     assert result.side("dense").ids == result.side("transformers").ids == expected
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_both_of_our_sides_keep_keys_and_values_packed_alike(kv_dtype: str) -> None:
+    model = SparseAttention(replace(FORCED, kv_dtype=kv_dtype), build("llama"), tokenizer())
+    result = side_by_side(model, model.prompt_ids(TEXT), 12)
+    dense, sparse = result.side("dense"), result.side("sparse")
+    assert dense.ids == sparse.ids and dense.tokens_read == dense.tokens_cached == sparse.tokens_read
+    # packed both, and the index on top
+    assert dense.share_read < sparse.share_read < 0.5
+
+
 def test_a_side_ends_at_its_end_of_text_token() -> None:
     plain = build("llama")
     ids = SparseAttention(FORCED, plain, tokenizer()).prompt_ids(TEXT)

@@ -35,11 +35,15 @@ if TYPE_CHECKING:
 
 PARTS = ("agreement", "retrieval", "answers")
 
+PartsArgument = Annotated[
+    list[str] | None, typer.Argument(help="agreement, retrieval, answers; default: agreement and retrieval.")
+]
+FileOption = Annotated[Path | None, typer.Option("--file", "-f", help="answers: JSON lines as in LongBench or L-Eval.")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Of the weights; float32 where --weights leaves it open.")]
+
 
 def evaluate(
-    parts: Annotated[
-        list[str] | None, typer.Argument(help="agreement, retrieval, answers; default: agreement and retrieval.")
-    ] = None,
+    parts: PartsArgument = None,
     model: ModelOption = None,
     context: ContextList = [4096],
     policy: PolicyList = ["sketch", "quest", "window"],
@@ -51,10 +55,8 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="retrieval: examples of every task and length.")] = 5,
     seed: Annotated[int, typer.Option(help="retrieval: another seed, other examples.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template; otherwise plain text.")] = False,
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="answers: JSON lines as in LongBench or L-Eval.")
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; float32 if --weights says nothing else.")] = None,
+    file: FileOption = None,
+    dtype: DtypeOption = None,
     weights: WeightsOption = None,
     kv_dtype: KvOption = None,
     threads: ThreadsOption = None,
@@ -68,13 +70,11 @@ def evaluate(
 
     Examples:
 
-      sparse-decoder eval agreement --context 4096 --text novel.txt
+      sparse-decoder eval agreement --context 4096 --text novel.txt --weights int4 --kv-dtype int8
 
       sparse-decoder eval retrieval --task niah_single --task vt --context 4096 --samples 11
 
       sparse-decoder eval answers --file questions.jsonl --chat
-
-      sparse-decoder eval agreement --weights int4 --kv-dtype int8
     """
     wanted, form = _parts(parts, file), "chat" if chat else "base"
     import torch
@@ -88,10 +88,9 @@ def evaluate(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    kv, held = kv_dtype and kv_dtype.value, dtype or (None if weights else Dtype.float32)
-    kwargs = {"dtype": getattr(torch, held.value)} if held else {}
-    grid = [replace(config, kv_dtype=kv) for config in configs(["dense", *policy], budget, window)]
-    decoder = load_model(model, grid[0], weights, **kwargs)
+    grid = [replace(one, kv_dtype=kv_dtype and kv_dtype.value) for one in configs(["dense", *policy], budget, window)]
+    dtype = dtype or (None if weights else Dtype.float32)
+    decoder = load_model(model, grid[0], weights, **({"dtype": dtype.value} if dtype else {}))
     with _listener() as listener:
         records = Records(out_file, facts())
         run = Evaluation(decoder, model_name(model), grid, records, listener, weights and weights.value)
