@@ -12,6 +12,7 @@ from tiny import build
 
 from sparse_attention_decoder import SparseAttention
 from sparse_attention_decoder.cli import main
+from sparse_attention_decoder.measure.record import Records
 from sparse_attention_decoder.tables import POLICIES
 
 SPARSE = ["--top-k", "5", "--threshold", "0", "--window", "4", "--sinks", "2", "--dense-below", "0"]
@@ -72,6 +73,39 @@ def test_compare_shows_speed_bytes_and_agreement(directory: Path, capsys: pytest
         assert expected in printed
     avoided = float(printed.split("sparse avoided ")[1].split("%")[0])
     assert 60 < avoided < 95
+
+
+def test_compare_says_which_sides_are_compiled(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("sparse_attention_decoder.models.compiled.install", lambda *given: asked.append(given))
+    assert run("generate", TEXT, "-m", directory, "-n", 4, "--compare", "--compile", *SPARSE) == 0
+    printed = capsys.readouterr().out
+    assert len(asked) == 1
+    for expected in ("transformers, dense  ", "ours, dense, compiled", "ours, sparse, compiled"):
+        assert expected in printed
+
+
+def test_eval_records_how_weights_keys_and_values_are_packed(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "quality.jsonl"
+    text.write_text(TEXT * 3)
+    asked = ["eval", "agreement", "-m", directory, "-c", 64, "--steps", 16, "--text", text, "-o", out]
+    asked += ["--policy", "sketch", "--budget", 8, "--window", 4]
+    forms = [[], ["--weights", "int8"], ["--kv-dtype", "int8"], ["--weights", "int4", "--kv-dtype", "int4"]]
+    for form in forms:
+        assert run(*asked, *form) == 0
+    cells = [row["cell"] for row in Records(out).rows]
+    assert [(cell.get("weights"), cell["config"].get("kv_dtype"), cell["dtype"]) for cell in cells] == [
+        (None, None, "float32"), ("int8", None, "bfloat16"), (None, "int8", "float32"), ("int4", "int4", "bfloat16"),
+    ]  # fmt: skip
+    assert "sketch, 8, window 4 (int4 weights, int4 KV)" in capsys.readouterr().out
+    # nothing is measured twice, and nothing taken for another
+    assert run(*asked, *forms[3]) == 0 and len(Records(out).rows) == 4
+    assert run(*asked, "--weights", "int8", "--dtype", "float32") == 1
+    assert "go with dtype=torch.bfloat16" in capsys.readouterr().err
 
 
 def test_demo_runs_on_any_model(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

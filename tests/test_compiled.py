@@ -11,7 +11,9 @@ from test_decoder import tokenizer
 from sparse_attention_decoder import AttentionConfig, SparseAttention, SparseCache, disable, enable
 from sparse_attention_decoder.errors import BackendError, CacheDirectoryError, UnsupportedError
 from sparse_attention_decoder.kernels.cpu import NAMESPACE
+from sparse_attention_decoder.measure.compare import side_by_side
 from sparse_attention_decoder.models import compiled, weights
+from sparse_attention_decoder.models.step import running_on
 
 # dense at first, sparse from 40 tokens on
 TURNING = AttentionConfig(dense_below=40, sink_tokens=2, attention_window=4, top_k=5, threshold=None)
@@ -102,6 +104,22 @@ def test_the_decoder_compiles_when_told_to(monkeypatch):
     ):
         assert torch.equal(model.generate(ids, **options, **asked), expected)
         assert hasattr(model.model, compiled._STATE)
+
+
+def test_a_comparison_runs_both_of_our_sides_compiled_and_transformers_as_it_is(monkeypatch):
+    ids, run = tiny.prompt(1, 30), []
+    expected = side_by_side(SparseAttention(tiny.BITING, tiny.build("llama")), ids, 20)
+    model = SparseAttention(tiny.BITING, tiny.build("llama"), compile=True)
+    monkeypatch.setattr(compiled, "running_on", lambda cache: (run.append(cache.config.policy), running_on(cache))[1])
+    layers = []
+    model.model.model.layers[0].register_forward_hook(lambda *_: layers.append(1))
+    found = side_by_side(model, ids, 20)
+    assert [side.ids for side in found.sides] == [side.ids for side in expected.sides]
+    assert [side.share_read for side in found.sides] == [side.share_read for side in expected.sides]
+    assert sorted(run) == ["dense"] * 20 + ["sketch"] * 20
+    # the prompt's and each of transformers' steps
+    assert len(layers) == 1 + 20
+    assert hasattr(model.model, compiled._STATE)
 
 
 def test_another_config_needs_no_other_step(monkeypatch):

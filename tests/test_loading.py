@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 
 from sparse_attention_decoder.errors import CacheDirectoryError, ModelLoadError
-from sparse_attention_decoder.models import conversion, kept, loading
+from sparse_attention_decoder.models import conversion, gguf_file, kept, loading
 
 CACHE = "SPARSE_ATTENTION_DECODER_CACHE"
 WIDTH, TOKENS = 16, ["<unk>", "<s>", "</s>", *"abcdefgh", "ab", "cd"]
@@ -284,6 +285,62 @@ def test_a_gguf_that_transformers_cannot_read_is_refused_with_its_reason(tmp_pat
     with pytest.raises(ModelLoadError, match=message):
         loading.load(write_gguf(tmp_path / "odd.gguf", **options))
     assert not list((cache / "models").iterdir())
+
+
+def outcome(reader: type[gguf.GGUFReader], file: Path) -> object:
+    """All that a reader says of a file, or that it refuses it."""
+    try:
+        read = reader(file)
+        fields = {name: (field.offset, field.types, field.contents()) for name, field in read.fields.items()}
+        return fields, [(one.name, one.tensor_type, one.data_offset, one.data.tobytes()) for one in read.tensors]
+    except (ValueError, IndexError, KeyError):
+        return "refused"
+
+
+@pytest.mark.parametrize("kind", ["numbers", "strings", "one", "none"])
+def test_the_lean_reader_says_what_the_plain_one_says(tmp_path, kind):
+    writer = gguf.GGUFWriter(str(tmp_path / "some.gguf"), "llama")
+    arrays = {
+        "numbers": [[3, 4], [0.5, 0.25, 1.0], [True, False]],
+        "strings": [["", "ab", "é" * 9]],
+        "one": [[7], ["a"]],
+    }
+    for number, values in enumerate(arrays.get(kind, [])):
+        writer.add_array(f"array.{number}", values)
+    writer.add_uint32("a.number", 5)
+    writer.add_string("a.string", "text")
+    writer.add_tensor("weight", np.arange(12, dtype=np.float32).reshape(3, 4))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    content = (tmp_path / "some.gguf").read_bytes()
+    expected = outcome(gguf.GGUFReader, tmp_path / "some.gguf")
+    assert expected != "refused" and outcome(gguf_file.LeanReader, tmp_path / "some.gguf") == expected
+    part = tmp_path / "part.gguf"
+    for length in range(len(content)):
+        part.write_bytes(content[:length])
+        assert outcome(gguf_file.LeanReader, part) == outcome(gguf.GGUFReader, part), length
+
+
+def test_the_lean_reader_holds_no_object_a_token(tmp_path):
+    tokens = 20_000
+    writer = gguf.GGUFWriter(str(tmp_path / "many.gguf"), "llama")
+    writer.add_token_list([f"token {number}" for number in range(tokens)])
+    writer.add_token_types([1] * tokens)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tracemalloc.start()
+    try:
+        reader = gguf_file.LeanReader(tmp_path / "many.gguf")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == tokens
+    # the plain one takes 600 bytes a token
+    assert peak < 20 * tokens
 
 
 # --- one conversion

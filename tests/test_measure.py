@@ -9,7 +9,7 @@ from test_decoder import TEXT, tokenizer
 from tiny import BITING, FORCED, build, prompt
 
 from sparse_attention_decoder import AttentionConfig, SparseAttention
-from sparse_attention_decoder.errors import InputError
+from sparse_attention_decoder.errors import ConfigError, InputError
 from sparse_attention_decoder.measure.compare import TURN, side_by_side
 from sparse_attention_decoder.measure.doctor import facts
 from sparse_attention_decoder.measure.quality import compare
@@ -44,6 +44,16 @@ def test_the_dense_side_writes_what_plain_transformers_writes() -> None:
     result = side_by_side(model, ids, 12)
     expected = build("llama").generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
     assert result.side("dense").ids == result.side("transformers").ids == expected
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_both_of_our_sides_keep_keys_and_values_packed_alike(kv_dtype: str) -> None:
+    model = SparseAttention(replace(FORCED, kv_dtype=kv_dtype), build("llama"), tokenizer())
+    result = side_by_side(model, model.prompt_ids(TEXT), 12)
+    dense, sparse = result.side("dense"), result.side("sparse")
+    assert dense.ids == sparse.ids and dense.tokens_read == dense.tokens_cached == sparse.tokens_read
+    # packed both, and the index on top
+    assert dense.share_read < sparse.share_read < 0.5
 
 
 def test_a_side_ends_at_its_end_of_text_token() -> None:
@@ -86,6 +96,17 @@ def test_agreement_with_everything_read_is_perfect_and_otherwise_is_not() -> Non
     assert len(few.error) == len(few.mass) == len(few.recall) == 2
     assert max(few.mass) < 0.99 < nearly_all.mass[0]
     assert min(few.error) > 100 * max(nearly_all.error)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_dense_and_sparse_read_keys_and_values_packed_alike(kv_dtype: str) -> None:
+    packed = [replace(config, kv_dtype=kv_dtype) for config in (FORCED, BITING)]
+    model = SparseAttention(packed[0], build("llama"))
+    nearly_all, few = compare(model, prompt(2, 80), 60, packed)
+    assert nearly_all.tokens[0].abs().max() < 1e-6 and min(nearly_all.mass) > 0.9999
+    assert min(few.mean(0)[0], few.mean(1)[0]) > 1e-3
+    with pytest.raises(ConfigError, match="kv_dtype None cannot read"):
+        next(compare(model, prompt(2, 80), 60, [BITING]))
 
 
 @torch.no_grad()

@@ -399,3 +399,26 @@ def test_a_checkpoint_that_is_quantised_already_is_refused(tmp_path):
     (tmp_path / "model" / "config.json").write_text(config)
     with pytest.raises(UnsupportedError, match="quantised already"):
         loading.load(tmp_path / "model", weights="int8")
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from sparse_attention_decoder.models.loading import load
+def resident(name):
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS:")
+model, _ = load(weights=sys.argv[1])
+size = sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+print((resident("VmHWM:") - before) / size)
+"""
+
+
+@forms
+@pytest.mark.real_model
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to say what is resident")
+def test_packing_takes_little_more_memory_than_what_is_packed(form):
+    told = subprocess.run([sys.executable, "-c", PEAK, form], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert float(told) < 1.3

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +18,15 @@ from sparse_attention_decoder.cli.bench import (
     TextList,
     ThreadsOption,
 )
-from sparse_attention_decoder.cli.terminal import ModelOption, console, load_model, out, progress_bar
-from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.cli.terminal import (
+    KvOption,
+    ModelOption,
+    WeightsOption,
+    console,
+    load_model,
+    out,
+    progress_bar,
+)
 from sparse_attention_decoder.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,11 +35,15 @@ if TYPE_CHECKING:
 
 PARTS = ("agreement", "retrieval", "answers")
 
+PartsArgument = Annotated[
+    list[str] | None, typer.Argument(help="agreement, retrieval, answers; default: agreement and retrieval.")
+]
+FileOption = Annotated[Path | None, typer.Option("--file", "-f", help="answers: JSON lines as in LongBench or L-Eval.")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Of the weights; float32 where --weights leaves it open.")]
+
 
 def evaluate(
-    parts: Annotated[
-        list[str] | None, typer.Argument(help="agreement, retrieval, answers; default: agreement and retrieval.")
-    ] = None,
+    parts: PartsArgument = None,
     model: ModelOption = None,
     context: ContextList = [4096],
     policy: PolicyList = ["sketch", "quest", "window"],
@@ -43,21 +55,22 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="retrieval: examples of every task and length.")] = 5,
     seed: Annotated[int, typer.Option(help="retrieval: another seed, other examples.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template; otherwise plain text.")] = False,
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="answers: JSON lines as in LongBench or L-Eval.")
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    file: FileOption = None,
+    dtype: DtypeOption = None,
+    weights: WeightsOption = None,
+    kv_dtype: KvOption = None,
     threads: ThreadsOption = None,
     out_file: OutOption = Path("records/quality.jsonl"),
 ) -> None:
     """How far sparse decoding strays from dense: agreement, perplexity, retrieval, question answering.
 
     The context is read densely once and shared by all policies; what is measured is then decoded one token at
-    a time under each. Interrupted runs go on where they stopped.
+    a time under each. Dense has the same weights, keys and values, packed alike where --weights or --kv-dtype say
+    so: what is told is what reading few tokens costs. Interrupted runs go on where they stopped.
 
     Examples:
 
-      sparse-decoder eval agreement --context 4096 --text novel.txt
+      sparse-decoder eval agreement --context 4096 --text novel.txt --weights int4 --kv-dtype int8
 
       sparse-decoder eval retrieval --task niah_single --task vt --context 4096 --samples 11
 
@@ -75,10 +88,12 @@ def evaluate(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    decoder = load_model(model, AttentionConfig(policy="dense"), dtype=getattr(torch, dtype.value))
+    grid = [replace(one, kv_dtype=kv_dtype and kv_dtype.value) for one in configs(["dense", *policy], budget, window)]
+    dtype = dtype or (None if weights else Dtype.float32)
+    decoder = load_model(model, grid[0], weights, **({"dtype": dtype.value} if dtype else {}))
     with _listener() as listener:
-        grid = configs(["dense", *policy], budget, window)
-        run = Evaluation(decoder, model_name(model), grid, Records(out_file, facts()), listener)
+        records = Records(out_file, facts())
+        run = Evaluation(decoder, model_name(model), grid, records, listener, weights and weights.value)
         if "agreement" in wanted:
             run.agreement(texts(text), context, steps)
         if "retrieval" in wanted:

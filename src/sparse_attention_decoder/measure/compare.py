@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.decoder import SparseAttention
 from sparse_attention_decoder.errors import InputError
-from sparse_attention_decoder.models.adapter import disable, enable
+from sparse_attention_decoder.models.adapter import enable, take_off
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.reading import Progress
 
@@ -87,7 +87,7 @@ def side_by_side(
     """Decode one prompt greedily three ways, in turns, each until its end-of-text token.
 
     Args:
-        model: its config is the sparse side's.
+        model: its config is the sparse side's. If its steps are compiled, those of both our sides are.
         input_ids: [1, T] int64.
         on_prefill: called with (tokens read, T) while the prompt is read.
         on_token: called with the side that has just decoded.
@@ -102,7 +102,7 @@ def side_by_side(
     prefill_seconds = time.perf_counter() - started
     caches: dict[str, Any] = {
         STOCK: cache.to_stock(model.model.config),
-        DENSE: copy.deepcopy(cache.reconfigured(AttentionConfig(policy="dense"))),
+        DENSE: copy.deepcopy(cache.reconfigured(AttentionConfig(policy="dense", kv_dtype=model.config.kv_dtype))),
         SPARSE: cache,
     }
     sides = (Side(STOCK), Side(DENSE), Side(SPARSE))
@@ -133,7 +133,7 @@ def side_by_side(
 
 def _switch(model: SparseAttention, name: str) -> None:
     if name == STOCK:
-        disable(model.model)
+        take_off(model.model)
     else:
         enable(model.model, model.config)
 

@@ -37,7 +37,9 @@ class Evaluation:
     """One model under a set of configs; what is recorded already is not run again.
 
     name: the model as records call it.
-    configs: sparse ones, and dense where retrieval and answers are asked for: it is the baseline beside them.
+    configs: sparse ones, and dense where retrieval and answers are asked for: it is the baseline beside them. All of
+        the decoder's kv_dtype.
+    weights: the form of the decoder's weights, if one was asked for.
     """
 
     decoder: SparseAttention
@@ -45,6 +47,7 @@ class Evaluation:
     configs: list[AttentionConfig]
     records: Records
     listener: Listener
+    weights: str | None = None
 
     def agreement(self, texts: dict[str, str], contexts: Iterable[int], steps: int) -> None:
         """KL, top-1, perplexity and audited attention, decoding `steps` true tokens behind each context.
@@ -168,7 +171,8 @@ class Evaluation:
 
     def _cell(self, config: AttentionConfig, own: Row) -> Row:
         dtype = str(self.decoder.model.dtype).removeprefix("torch.")
-        return {"model": self.name, "dtype": dtype, "engine": OURS, "config": as_cell(config), **own}
+        form = {"weights": self.weights} if self.weights else {}
+        return {"model": self.name, "dtype": dtype, "engine": OURS, "config": as_cell(config), **form, **own}
 
     def _add(self, kind: str, cell: Row, result: Row) -> None:
         if result["share_read"] >= 1.0 and cell["config"]["policy"] not in ("dense", "oracle"):

@@ -17,7 +17,6 @@ from sparse_attention_decoder.models.adapter import enable
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.reading import Progress
 
-DENSE = AttentionConfig(policy="dense")
 # of the steps, one in so many is audited against exact attention, layer by layer
 AUDIT_EVERY = 8
 _KL, _TOP1, _CE, _CHANGE = range(4)
@@ -93,7 +92,8 @@ def compare(
     """Decode the same continuation densely and under every config, one token at a time.
 
     Args:
-        decoder: the model of both sides; it is enabled for the purpose, and for its own config at the end.
+        decoder: the model of both sides; it is enabled for the purpose, and for its own config at the end. Its
+            kv_dtype is that of both sides: what packing costs is in neither.
         input_ids: [B, context + steps + 1] int64, one text a row, no padding.
         context: tokens read by one dense prefill that all share; the next ones are fed one by one, and each
             feeding's prediction is compared.
@@ -104,16 +104,18 @@ def compare(
     Raises:
         InputError: fewer tokens than the context and one step need, or a config that would read all
             of the context: that would compare dense with dense.
+        ConfigError: a config of another kv_dtype than the decoder's.
     """
     steps = input_ids.shape[1] - context - 1
     if steps < 1:
         raise InputError(f"{input_ids.shape[1]} tokens leave no step after a context of {context}; give more text")
-    enable(decoder.model, DENSE)
+    everything = AttentionConfig(policy="dense", kv_dtype=decoder.config.kv_dtype)
+    enable(decoder.model, everything)
     try:
         cache = decoder.prefill(input_ids[:, :context], on_prefill, [config.policy for config in configs])
         targets = input_ids[:, context + 1 :]
         passed = _Pass(decoder.model, input_ids, context, steps, on_step)
-        dense = torch.stack([logp for logp, _ in passed.decode(cache.reconfigured(DENSE), 0)])
+        dense = torch.stack([logp for logp, _ in passed.decode(cache.reconfigured(everything), 0)])
         for number, config in enumerate(configs, start=1):
             cache.crop(context - cache.get_seq_length())
             sparse = cache.reconfigured(config)

@@ -64,7 +64,7 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
     families.check(model, config.kv_dtype)
     _require_finite_weights(model)
     # a compiled step stays: it serves any config
-    _take_off(model)
+    take_off(model)
     previous = model.config._attn_implementation
     AttentionInterface.register(NAME, sparse_attention_forward)
     # without a mask function of the same name transformers builds no mask, and padding is read as text
@@ -97,11 +97,12 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
 def disable(model: Model) -> Model:
     """Undo `enable`: the model is as it was before. Does nothing to a model that is not enabled."""
     compiled.remove(model)
-    _take_off(model)
+    take_off(model)
     return model
 
 
-def _take_off(model: PreTrainedModel) -> None:
+def take_off(model: PreTrainedModel) -> None:
+    """Undo `enable`, but leave a compiled step: it serves no other cache than ours, and comes back with `enable`."""
     state: _Enabled | None = getattr(model, _STATE, None)
     if state is not None:
         state.hook.remove()

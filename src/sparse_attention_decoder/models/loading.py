@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,9 @@ def _quietly() -> Iterator[None]:
             undo.callback(transformers_logging.enable_progress_bar)
         undo.callback(setattr, gguf, "GGUFReader", gguf.GGUFReader)
         gguf.GGUFReader = gguf_file.LeanReader
+        # transformers makes this table anew for every module of a model: half of the time that loading takes
+        undo.callback(setattr, gguf, "get_tensor_name_map", gguf.get_tensor_name_map)
+        gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)
         # the bar of this module comes straight from tqdm and does not heed that switch
         reader: Any = importlib.import_module(gguf_file.READER) if importlib.util.find_spec(gguf_file.READER) else None
         if hasattr(reader, "tqdm"):
