@@ -114,11 +114,14 @@ class LayerState:
     def note(self, rows: Rows, dense: list[bool], selection: Selection | None) -> None:
         """Remember what a step read."""
         if selection is None:
-            self._notes.append(_Note(rows.counts, dense))
+            self._notes.append(_Note(rows.counts, dense, self.buffer.whole))
         else:
             self._notes.append(
-                _Note(rows.counts, dense, selection.counts, selection.missing_mass, selection.index_bytes)
-            )
+                _Note(
+                    rows.counts, dense, self.buffer.whole, selection.counts, selection.missing_mass,
+                    selection.index_bytes,
+                )
+            )  # fmt: skip
         if len(self._notes) >= _MOST_NOTES:
             self._add_up()
 
@@ -253,10 +256,15 @@ def _check(query: Tensor, layer: LayerState, rows: Rows) -> None:
 
 @dataclass(frozen=True)
 class _Note:
-    """What one step read, as it came: adding it up would cost as much as a short step, so it waits."""
+    """What one step read, as it came: adding it up would cost as much as a short step, so it waits.
+
+    whole: newest tokens of a packed cache that were held as they came. Those of the window count with the bytes they
+        have so; one that was chosen, as it may be where the window is shorter, counts as packed.
+    """
 
     counts: tuple[int, ...]
     dense: list[bool]
+    whole: int
     chosen: Tensor | None = None
     missing: Tensor | None = None
     index_bytes: int = 0
@@ -264,9 +272,10 @@ class _Note:
     def reads(self, buffer: KVBuffer, near: int) -> Reads:
         heads = buffer.shape[1]
         chosen = [0] * len(self.dense) if self.chosen is None else self.chosen.sum(-1).tolist()
-        tokens = 0
+        tokens = whole = 0
         for count, is_dense, own in zip(self.counts, self.dense, chosen, strict=True):
             tokens += count * heads if is_dense else min(count, near) * heads + int(own)
+            whole += min(count, self.whole) * heads if is_dense else min(count, self.whole, near) * heads
         missing = 0.0
         if self.missing is not None:
             sparse = torch.tensor(self.dense).logical_not().to(self.missing)
@@ -277,7 +286,7 @@ class _Note:
             sparse_steps=int(self.chosen is not None),
             tokens_read=tokens,
             tokens_cached=cached,
-            bytes_read=tokens * buffer.token_bytes,
+            bytes_read=(tokens - whole) * buffer.token_bytes + whole * buffer.plain_token_bytes,
             index_bytes=self.index_bytes,
             bytes_dense=cached * buffer.plain_token_bytes,
             missing_mass=missing,

@@ -29,8 +29,16 @@ def check_keys(keys: Tensor | Packed, axes: int) -> None:
                 f"packed keys have codes {keys.codes.dtype} {tuple(keys.codes.shape)} and scales {keys.scales.dtype} "
                 f"{tuple(keys.scales.shape)}; see kernels.packed"
             )
-        if keys.shape[-2] > 1 and keys.scales.stride(-1) != 1:
+        if keys.codes.shape[-2] > 1 and keys.scales.stride(-1) != 1:
             raise ShapeError("the scales of a head's tokens must be contiguous")
+        newest = keys.newest
+        if newest is not None:
+            fits = newest.shape[:-2] == keys.shape[:-2] and newest.shape[-1] == keys.shape[-1]
+            if not fits or newest.dtype != keys.dtype or newest.stride(-1) != 1:
+                raise ShapeError(
+                    f"the newest of packed keys are {newest.dtype} {tuple(newest.shape)} of strides {newest.stride()}; "
+                    f"expected {keys.dtype} {tuple(keys.shape)} but for the tokens, channels contiguous"
+                )
     if keys.ndim != axes or keys.dtype not in FLOATS or not serves(keys.shape[-1]):
         raise ShapeError(
             f"keys are {keys.dtype} of shape {tuple(keys.shape)}; expected {axes} axes of float32, bfloat16 or "
@@ -59,6 +67,11 @@ def check_cache(query: Tensor, keys: Tensor | Packed, values: Tensor | Packed) -
             raise ShapeError(
                 f"query is {query.dtype}, keys and values have {keys.bits} and {values.bits} bits; expected a float of "
                 "up to 32 bits, and keys and values of as many bits"
+            )
+        if keys.whole != values.whole or (keys.whole and query.dtype != keys.dtype):
+            raise ShapeError(
+                f"{keys.whole} keys and {values.whole} values are whole, in {keys.dtype}, the query is {query.dtype}; "
+                "expected as many of both, in the query's dtype"
             )
     elif isinstance(keys, Packed) or isinstance(values, Packed):
         raise ShapeError("of keys and values one is packed; expected both or none")

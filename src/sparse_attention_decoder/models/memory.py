@@ -15,6 +15,8 @@ from sparse_attention_decoder.tables import KV_BITS
 def token_bytes(model_config: PreTrainedConfig, kv_dtype: str | None, dtype: torch.dtype) -> int:
     """Bytes that keys and values of one token take in all full-attention layers of a model, scales included.
 
+    Under a kv_dtype: once they are packed. The newest tokens are not, see `newest_token_bytes`.
+
     Args:
         dtype: of the model; with kv_dtype None keys and values are kept in it.
     """
