@@ -126,9 +126,8 @@ class LayerState:
             self._add_up()
 
     def _add_up(self) -> None:
-        near = self.config.sink_tokens + self.config.attention_window
         for note in self._notes:
-            self._reads.add(note.reads(self.buffer, near))
+            self._reads.add(note.reads(self.buffer, self.config))
         self._notes.clear()
 
     def convert(self, kv_dtype: str) -> None:
@@ -269,13 +268,14 @@ class _Note:
     missing: Tensor | None = None
     index_bytes: int = 0
 
-    def reads(self, buffer: KVBuffer, near: int) -> Reads:
-        heads = buffer.shape[1]
+    def reads(self, buffer: KVBuffer, config: AttentionConfig) -> Reads:
+        heads, near = buffer.shape[1], config.sink_tokens + config.attention_window
         chosen = [0] * len(self.dense) if self.chosen is None else self.chosen.sum(-1).tolist()
         tokens = whole = 0
         for count, is_dense, own in zip(self.counts, self.dense, chosen, strict=True):
             tokens += count * heads if is_dense else min(count, near) * heads + int(own)
-            whole += min(count, self.whole) * heads if is_dense else min(count, self.whole, near) * heads
+            has_packed = count > self.whole and not is_dense
+            whole += min(self.whole, config.attention_window if has_packed else near if not is_dense else count) * heads
         missing = 0.0
         if self.missing is not None:
             sparse = torch.tensor(self.dense).logical_not().to(self.missing)

@@ -24,8 +24,8 @@ class Newest:
     """Keys and values of the newest tokens of one layer, as they came.
 
     How many they are depends on how many tokens have come, at once or one by one: from 64 to 95, or all where there are
-    fewer. Going back by up to 32 tokens leaves what would be here without them; further back it leaves fewer, for what
-    was packed stays packed.
+    fewer. Going back, by up to 32 tokens in all, leaves what would be here without them; further back it leaves fewer,
+    for what was packed stays packed.
 
     first: tokens packed before them, which is where the first of them stands.
     count: how many they are.

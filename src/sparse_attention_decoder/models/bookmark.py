@@ -35,7 +35,8 @@ class Bookmark:
                 self._cache.layers[number] = copy.deepcopy(kept)
                 continue
             layer.crop(self._length - layer.get_seq_length())
-            layer.state.buffer.newest = copy.deepcopy(self._newest[number])
+            if self._newest[number] is not None:
+                layer.state.buffer.newest = copy.deepcopy(self._newest[number])
             layer.last = None
             layer.state.witness = copy.copy(kept)
             if layer.state.policy.evicts:
