@@ -24,7 +24,7 @@ from test_cache import MISFITS, OPS, check_sketch, pair, run_history
 from torch import Tensor
 
 from sparse_attention_decoder.cache import NEWEST_NAMES, KVBuffer, Sketch
-from sparse_attention_decoder.cache.newest import BACK, packed_of
+from sparse_attention_decoder.cache.newest import BACK, ROOM, packed_of
 from sparse_attention_decoder.errors import BackendError, ConfigError, NonFiniteError, ShapeError
 from sparse_attention_decoder.kernels import Kernels, Packed, stored_bytes
 from sparse_attention_decoder.kernels.cpu import CpuKernels, operations
@@ -311,6 +311,28 @@ def test_four_bits_of_an_odd_number_of_channels_are_refused():
     with pytest.raises(BackendError, match="two channels in a byte"):
         KVBuffer("int4", "reference").append(*pair(3, dim=5))
     KVBuffer("int8", "reference").append(*pair(3, dim=5))
+
+
+@each_kv_dtype
+@pytest.mark.parametrize("tokens", [1, 64, 150])
+def test_a_buffer_takes_over_what_another_listed_with_or_without_newest_tokens(kv_dtype, tokens):
+    keys, values = pair(tokens, dim=8)
+    buffer, other = buffer_of(kv_dtype, keys, values), KVBuffer()
+    other.adopt(buffer.tensors(), tokens, torch.float32)
+    stored_like(other, keys, values)
+    more = pair(100, dim=8, seed=5)
+    other.append(*more)
+    stored_like(other, torch.cat([keys, more[0]], 2), torch.cat([values, more[1]], 2))
+    # as files were before there were any
+    stored = {"keys": (a := packed(keys, kv_dtype)).codes, "key_scales": a.scales}
+    stored |= {"values": (b := packed(values, kv_dtype)).codes, "value_scales": b.scales}
+    other.adopt(stored, tokens, torch.float32)
+    stored_like(other, keys, values, tokens)
+    with pytest.raises(ShapeError, match="no room for"):
+        other.adopt(buffer.tensors(), tokens + 1, torch.float32)
+    listed = {**buffer.tensors(), **dict.fromkeys(NEWEST_NAMES, randn(0, 2, 2, ROOM + 1, 8))}
+    with pytest.raises(ShapeError, match="at most"):
+        other.adopt(listed, tokens, torch.float32)
 
 
 @each_kv_dtype

@@ -62,6 +62,11 @@ class Packed:
         *before, tokens, width = self.codes.shape
         return torch.Size((*before, tokens + self.whole, width * 8 // self.bits))
 
+    @cached_property
+    def stored(self) -> "Packed":
+        """What is packed of it, alone: of a cache the same for many steps, so that kernels may note things on it."""
+        return self if self.newest is None else Packed(self.codes, self.scales, self.dtype)
+
     @property
     def whole(self) -> int:
         """How many of the newest tokens are whole."""
@@ -112,7 +117,9 @@ class Packed:
 
     def before(self, newest: Tensor) -> "Packed":
         """This, which has none, with newest tokens [..., W, D] behind it."""
-        return Packed(self.codes, self.scales, self.dtype, newest)
+        made = Packed(self.codes, self.scales, self.dtype, newest)
+        vars(made)["stored"] = self
+        return made
 
     def settled(self) -> "Packed":
         """All of it as it will be stored once nothing is whole."""
@@ -139,7 +146,7 @@ class Packed:
         """The tensor it stands for [..., T, D], in its dtype."""
         if self.newest is None:
             return unrotate(self.rotated()).to(self.dtype)
-        return torch.cat([Packed(self.codes, self.scales, self.dtype).unpack(), self.newest], -2)
+        return torch.cat([self.stored.unpack(), self.newest], -2)
 
     def write(self, x: Tensor) -> None:
         """Store x [..., T, D], none of it whole.
@@ -184,7 +191,7 @@ def rows_at(x: Tensor | Packed, tokens: Tensor) -> Tensor:
             return Packed(rows_at(x.codes, tokens), scales, x.dtype).rotated()
         found = rotate(rows_at(newest, (tokens - before).clamp_min(0)))
         if before:
-            packed = rows_at(Packed(x.codes, x.scales, x.dtype), tokens.clamp_max(before - 1))
+            packed = rows_at(x.stored, tokens.clamp_max(before - 1))
             found = torch.where((tokens < before).unsqueeze(-1), packed, found)
         return found
     # index_select per head moves whole rows: five times faster than gather on a CPU

@@ -233,20 +233,22 @@ def _cache(keys: Tensor | Packed, values: Tensor | Packed | None) -> dict[str, i
 
 
 def _held(name: str, x: Tensor | Packed) -> dict[str, int]:
-    codes = x.codes if isinstance(x, Packed) else x
-    row, head, token, _ = codes.stride()
-    fields = {f"{name}s": codes.data_ptr(), f"{name}_row": row, f"{name}_head": head, f"{name}_token": token}
     if isinstance(x, Packed):
+        return _packed(name, x)
+    row, head, token, _ = x.stride()
+    return {f"{name}s": x.data_ptr(), f"{name}_row": row, f"{name}_head": head, f"{name}_token": token}
+
+
+def _packed(name: str, x: Packed) -> dict[str, int]:
+    # as for a sketch
+    known: dict[str, int] | None = vars(x.stored).get(name)
+    if known is None or known[f"{name}s"] != x.codes.data_ptr():
         row, head, _ = x.scales.stride()
-        fields |= {f"{name}_scales": x.scales.data_ptr(), f"{name}_scale_row": row, f"{name}_scale_head": head}
-        fields["whole_from"] = codes.shape[2]
-        if x.newest is not None:
-            row, head, token, _ = x.newest.stride()
-            fields |= {
-                f"whole_{name}s": x.newest.data_ptr(), f"whole_{name}_row": row, f"whole_{name}_head": head,
-                f"whole_{name}_token": token,
-            }  # fmt: skip
-    return fields
+        known = vars(x.stored)[name] = {
+            **_held(name, x.codes), f"{name}_scales": x.scales.data_ptr(), f"{name}_scale_row": row,
+            f"{name}_scale_head": head, "whole_from": x.codes.shape[2],
+        }  # fmt: skip
+    return known if x.newest is None else known | _held(f"whole_{name}", x.newest)
 
 
 def _sketch(coded: Coded) -> dict[str, int]:
