@@ -132,7 +132,8 @@ int attend(const sad_call* c) {
     };
     add_held<T>(c, u, next, queries + u.index * placed, part);
     if (__atomic_sub_fetch(pending + u.index, 1, __ATOMIC_ACQ_REL) != 0) return;
-    const Part all = part_at(parts + u.index * pieces * size, c->group), whole = part_at(wholes + u.index * size, c->group);
+    const Part all = part_at(parts + u.index * pieces * size, c->group);
+    const Part whole = part_at(wholes + u.index * size, c->group);
     for (int64_t i = 1; i < pieces; i++)
       merge(all, part_at(parts + (u.index * pieces + i) * size, c->group), c->group, c->value_dim);
     if (has_whole(c)) {

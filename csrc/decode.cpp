@@ -87,8 +87,10 @@ void append(const sad_call* c, Unit u) {
     SAD_NAMED(pack)(&own);
     if (stays_whole) {
       const int64_t token = last - c->whole_from;
-      char* to_key = static_cast<char*>(c->whole_keys) + element * (u.row * c->whole_key_row + u.head * c->whole_key_head + token * c->whole_key_token);
-      char* to_value = static_cast<char*>(c->whole_values) + element * (u.row * c->whole_value_row + u.head * c->whole_value_head + token * c->whole_value_token);
+      const int64_t key_at = u.row * c->whole_key_row + u.head * c->whole_key_head + token * c->whole_key_token;
+      const int64_t value_at = u.row * c->whole_value_row + u.head * c->whole_value_head + token * c->whole_value_token;
+      char* to_key = static_cast<char*>(c->whole_keys) + element * key_at;
+      char* to_value = static_cast<char*>(c->whole_values) + element * value_at;
       memcpy(to_key, own.new_key, size_t(c->dim * element));
       memcpy(to_value, new_value, size_t(c->value_dim * element));
     } else {

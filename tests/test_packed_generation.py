@@ -22,7 +22,7 @@ from sparse_attention_decoder.cache.newest import packed_of
 from sparse_attention_decoder.cache.static import StaticTokens
 from sparse_attention_decoder.errors import ConfigError, UnsupportedError
 from sparse_attention_decoder.kernels import Packed, stored_bytes
-from sparse_attention_decoder.models.memory import token_bytes
+from sparse_attention_decoder.models.memory import token_bytes, whole_bytes
 from sparse_attention_decoder.selection import Rows
 from sparse_attention_decoder.tables import KV_BITS, POLICIES
 
@@ -308,6 +308,9 @@ def test_bytes_of_a_token_are_those_that_a_cache_holds(kv_dtype, family):
     assert (whole > 0) == (kv_dtype is not None)
     packed, plain = (token_bytes(model.config, form, torch.float32) for form in (kv_dtype, None))
     assert stored == (total - whole) * packed + whole * plain
+    if whole:
+        rooms = sum(layer.state.buffer.newest.nbytes for layer in held.sparse_layers)
+        assert rooms == whole_bytes(model.config, torch.float32) >= whole * plain
 
 
 @each_kv_dtype
