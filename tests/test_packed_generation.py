@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sparse_attention_decoder import AttentionConfig, SparseCache, enable
 from sparse_attention_decoder.attention import decode_step
-from sparse_attention_decoder.cache.newest import packed_of
+from sparse_attention_decoder.cache.newest import TOGETHER, packed_of
 from sparse_attention_decoder.cache.static import StaticTokens
 from sparse_attention_decoder.errors import ConfigError, UnsupportedError
 from sparse_attention_decoder.kernels import Packed, stored_bytes
@@ -92,7 +92,8 @@ def test_a_prompt_read_at_once_is_read_as_the_dense_model_reads_it(kv_dtype, tok
 @each_kv_dtype
 def test_every_policy_decodes_a_padded_row_as_it_would_alone(kv_dtype, policy):
     model = packed_model(replace(BITING, policy=policy, kv_dtype=kv_dtype), torch.float64)
-    rows = [prompt(1, 140, seed=1)[0], prompt(1, 129, seed=2)[0]]
+    # padded by as many tokens as are packed together: which ones are whole depends on a row's place in the batch
+    rows = [prompt(1, 140, seed=1)[0], prompt(1, 140 - TOGETHER, seed=2)[0]]
     ids, mask = tiny.left_pad(rows)
     together = greedy(model, ids, 6, attention_mask=mask)
     for number, row in enumerate(rows):

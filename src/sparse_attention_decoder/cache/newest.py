@@ -25,7 +25,8 @@ class Newest:
 
     How many they are depends on how many tokens have come, at once or one by one: from 64 to 95, or all where there are
     fewer. Going back, by up to 32 tokens in all, leaves what would be here without them; further back it leaves fewer,
-    for what was packed stays packed.
+    for what was packed stays packed. Padding counts as tokens: beside a longer row up to 31 more of a row's are
+    whole, or fewer, than alone.
 
     first: tokens packed before them, which is where the first of them stands.
     count: how many they are.
