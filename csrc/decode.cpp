@@ -77,15 +77,31 @@ void append(const sad_call* c, Unit u) {
   if constexpr (is_packed<T>) {
     const int64_t element = c->query_type == SAD_FLOAT32 ? 4 : 2;
     own.new_key = static_cast<const char*>(c->new_key) + u.index * c->dim * element;
-    own.key_scales = const_cast<uint16_t*>(held_keys<T>(c, u).scales) + last;
+    const char* new_value = static_cast<const char*>(c->new_value) + u.index * c->value_dim * element;
+    const bool stays_whole = has_whole(c);
+    // a key is coded as it will be stored, whenever that is
+    T row[SAD_MOST_DIM];
+    uint16_t scale;
+    own.keys = stays_whole ? row : key;
+    own.key_scales = stays_whole ? &scale : const_cast<uint16_t*>(held_keys<T>(c, u).scales) + last;
     SAD_NAMED(pack)(&own);
-    sad_call other = own;
-    other.new_key = static_cast<const char*>(c->new_value) + u.index * c->value_dim * element;
-    other.keys = value;
-    other.key_scales = const_cast<uint16_t*>(held_values<T>(c, u).scales) + last;
-    other.dim = c->value_dim;
-    other.rotation = c->value_rotation;
-    SAD_NAMED(pack)(&other);
+    if (stays_whole) {
+      const int64_t token = last - c->whole_from;
+      const int64_t key_at = u.row * c->whole_key_row + u.head * c->whole_key_head + token * c->whole_key_token;
+      const int64_t value_at = u.row * c->whole_value_row + u.head * c->whole_value_head + token * c->whole_value_token;
+      char* to_key = static_cast<char*>(c->whole_keys) + element * key_at;
+      char* to_value = static_cast<char*>(c->whole_values) + element * value_at;
+      memcpy(to_key, own.new_key, size_t(c->dim * element));
+      memcpy(to_value, new_value, size_t(c->value_dim * element));
+    } else {
+      sad_call other = own;
+      other.new_key = new_value;
+      other.keys = value;
+      other.key_scales = const_cast<uint16_t*>(held_values<T>(c, u).scales) + last;
+      other.dim = c->value_dim;
+      other.rotation = c->value_rotation;
+      SAD_NAMED(pack)(&other);
+    }
   } else {
     memcpy(key, static_cast<const T*>(c->new_key) + u.index * c->dim, c->dim * sizeof(T));
     memcpy(value, static_cast<const T*>(c->new_value) + u.index * c->value_dim, c->value_dim * sizeof(T));
@@ -129,6 +145,7 @@ int step(const sad_call* c) {
     const int64_t piece = item % firsts - 1;
     if (piece < 0) {
       place_query<T>(c, u, w->query);
+      if (has_whole(c)) place_whole_query(c, u, w->whole_query);
       attend_near<T>(c, u, w);
     } else if (sifted) {
       for (int64_t i = piece * 8; i < (piece + 1) * 8 && i < sample_spans(w); i++) sample_span(c, u, w, i);

@@ -13,6 +13,7 @@ extern "C" {
 
 // A cache of SAD_INT8 or SAD_INT4 is packed: rotated channels in whole steps, two to a byte in four bits (the even one in
 // the low bits, both plus 8), and a scale a token; its strides count bytes. Queries are of the first three.
+// fit, encode and pack take the packed tokens alone; attend and step read the whole ones too.
 enum sad_dtype { SAD_FLOAT32 = 0, SAD_BFLOAT16 = 1, SAD_FLOAT16 = 2, SAD_INT8 = 3, SAD_INT4 = 4 };
 
 // what an operation answers
@@ -76,6 +77,13 @@ typedef struct {
   uint16_t* value_scales;
   int64_t value_scale_row, value_scale_head;
   const float* value_rotation;
+  // its newest tokens, from `whole_from` on, which are kept as they came, in the query's dtype:
+  // keys [B, Hkv, length - whole_from, D], values [B, Hkv, length - whole_from, Dv]; none where whole_from is `length`
+  int64_t whole_from;
+  void* whole_keys;
+  int64_t whole_key_row, whole_key_head, whole_key_token;
+  void* whole_values;
+  int64_t whole_value_row, whole_value_head, whole_value_token;
 } sad_call;
 
 // torch_parallel_for of libtorch_cpu: runs work(begin, end, context) on torch's own threads

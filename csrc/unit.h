@@ -30,6 +30,19 @@ template <class T>
 Held<T> held_keys(const sad_call* c, Unit u) {
   return {keys_of<T>(c, u), c->key_token, c->key_scales + u.row * c->key_scale_row + u.head * c->key_scale_head};
 }
+// Of a packed cache the tokens from this one on are whole, kept as they came; of any other none is told apart.
+inline int64_t whole_from(const sad_call* c) { return c->cache_type >= SAD_INT8 ? c->whole_from : c->length; }
+inline bool has_whole(const sad_call* c) { return whole_from(c) < c->length; }
+template <class Q>
+Held<Q> whole_keys(const sad_call* c, Unit u) {
+  return {static_cast<const Q*>(c->whole_keys) + u.row * c->whole_key_row + u.head * c->whole_key_head,
+          c->whole_key_token, nullptr};
+}
+template <class Q>
+Held<Q> whole_values(const sad_call* c, Unit u) {
+  return {static_cast<const Q*>(c->whole_values) + u.row * c->whole_value_row + u.head * c->whole_value_head,
+          c->whole_value_token, nullptr};
+}
 template <class T>
 Held<T> held_values(const sad_call* c, Unit u) {
   return {values_of<T>(c, u), c->value_token, c->value_scales + u.row * c->value_scale_row + u.head * c->value_scale_head};
@@ -54,6 +67,12 @@ void place_query(const sad_call* c, Unit u, float* placed) {
   if (c->query_type == SAD_BFLOAT16) return place_query_of<T, bf16>(c, u, placed);
   if (c->query_type == SAD_FLOAT16) return place_query_of<T, f16>(c, u, placed);
   place_query_of<T, float>(c, u, placed);
+}
+// for rows that are whole
+inline void place_whole_query(const sad_call* c, Unit u, float* placed) {
+  if (c->query_type == SAD_BFLOAT16) return place_query<bf16>(c, u, placed);
+  if (c->query_type == SAD_FLOAT16) return place_query<f16>(c, u, placed);
+  place_query<float>(c, u, placed);
 }
 inline const uint8_t* codes_of(const sad_call* c, Unit u) { return c->codes + u.row * c->code_row + u.head * c->code_head; }
 inline const uint16_t* factors_of(const sad_call* c, Unit u) {
@@ -106,6 +125,7 @@ struct Work {
   float* query;      // [G][lanes(D)]
   float* part;       // attention to the near tokens, then to all that are read
   float* extra;      // parts of the pieces beyond the first
+  float *whole_query, *whole;  // the query and the part of tokens that are whole
   float *near_lse, *lse;  // [G], of the near tokens and of all
   Sieve sieve;
   Scores scores;
@@ -128,6 +148,8 @@ inline Work* take_work(Scratch* s, const sad_call* c) {
     w.query = s->take<float>(c->group * lanes(c->dim));
     w.part = s->take<float>(part_size(c->group, c->value_dim));
     w.extra = s->take<float>(most_extra(padded) * part_size(c->group, c->value_dim));
+    w.whole_query = s->take<float>(has_whole(c) ? c->group * lanes(c->dim) : 0);
+    w.whole = s->take<float>(has_whole(c) ? part_size(c->group, c->value_dim) : 0);
     w.near_lse = s->take<float>(c->group);
     w.lse = s->take<float>(c->group);
     w.sieve = {s->take<float>(c->group), s->take<float>(scans_of(spans) * c->group), s->take<int64_t>(scans_of(spans)),
@@ -141,17 +163,35 @@ inline Work* take_work(Scratch* s, const sad_call* c) {
   return work;
 }
 
+// What a part is worth beside another: both are brought to the larger top.
+struct Merged {
+  float top, keep, add;
+
+  Merged(float into, float from) {
+    top = from > into ? from : into;
+    const float base = top == -INFINITY ? 0 : top;
+    keep = expf(into - base), add = expf(from - base);
+  }
+};
+
+// Output and log-sum-exp of a unit. `whole`: the part of tokens that are whole, whose values are not rotated, or null.
 template <class T>
-void finish(const sad_call* c, Unit u, Part part) {
+void finish(const sad_call* c, Unit u, Part part, const Part* whole) {
   const int64_t width = lanes(c->value_dim);
+  const bool alternate = c->query_type == SAD_BFLOAT16;
   for (int64_t g = 0; g < c->group; g++) {
     const int64_t head = u.index * c->group + g;
-    const float total = part.total[g], share = total == 0 ? 0 : 1 / total;
-    c->lse[head] = total == 0 ? -INFINITY : part.top[g] + logf(total);
+    const Merged both = {part.top[g], whole ? whole->top[g] : -INFINITY};
+    const float total = part.total[g] * both.keep + (whole ? whole->total[g] * both.add : 0);
+    const float share = total == 0 ? 0 : 1 / total;
+    c->lse[head] = total == 0 ? -INFINITY : both.top + logf(total);
     float x[SAD_MOST_DIM];
     for (int i = 0; i < c->value_dim; i++)
-      x[i] = part.values[g * width + i / PAIR * PAIR + place<T>(i % PAIR)] * share;
+      x[i] = part.values[g * width + i / PAIR * PAIR + place<T>(i % PAIR)] * (both.keep * share);
     if constexpr (is_packed<T>) unrotate(c->value_rotation, x, int(c->value_dim));
+    for (int i = 0; whole && i < c->value_dim; i++)
+      x[i] += whole->values[g * width + i / PAIR * PAIR + (alternate ? place<bf16>(i % PAIR) : i % PAIR)] *
+              (both.add * share);
     for (int i = 0; i < c->value_dim; i++) {
       const int64_t to = head * c->value_dim + i;
       if (c->query_type == SAD_FLOAT32) narrow(x[i], static_cast<float*>(c->output) + to);
@@ -165,12 +205,11 @@ void finish(const sad_call* c, Unit u, Part part) {
 inline void merge(Part into, Part from, int64_t group, int64_t value_dim) {
   const int64_t width = lanes(value_dim);
   for (int64_t g = 0; g < group; g++) {
-    const float top = from.top[g] > into.top[g] ? from.top[g] : into.top[g], base = top == -INFINITY ? 0 : top;
-    const float keep = expf(into.top[g] - base), add = expf(from.top[g] - base);
-    into.top[g] = top;
-    into.total[g] = into.total[g] * keep + from.total[g] * add;
+    const Merged both = {into.top[g], from.top[g]};
+    into.top[g] = both.top;
+    into.total[g] = into.total[g] * both.keep + from.total[g] * both.add;
     for (int64_t i = g * width; i < (g + 1) * width; i += NW)
-      store(into.values + i, load(into.values + i) * keep + load(from.values + i) * add);
+      store(into.values + i, load(into.values + i) * both.keep + load(from.values + i) * both.add);
   }
 }
 

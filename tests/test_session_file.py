@@ -90,8 +90,10 @@ def test_turns_are_saved_and_go_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 15, 16, 17, 18])
-def test_short_documents_are_saved_too(tmp_path: Path, tokens: int) -> None:
-    session = (model := SparseAttention(BITING, build("llama"))).read(prompt(1, tokens))
+@pytest.mark.parametrize("kv_dtype", [None, "int4"])
+def test_short_documents_are_saved_too(tmp_path: Path, tokens: int, kv_dtype: str | None) -> None:
+    config = AttentionConfig(**{**vars(BITING), "kv_dtype": kv_dtype})
+    session = (model := SparseAttention(config, build("llama"))).read(prompt(1, tokens))
     for _ in range(2):
         session.save(tmp_path / "x")
         loaded = Session.load(tmp_path / "x", model)
@@ -227,7 +229,7 @@ def test_another_format_and_what_this_version_does_not_understand_are_refused(sa
             Session.load(saved, model)
 
     about = "__metadata__"
-    says("has format 2, this version reads 1", lambda header: header[about].update(format="2"))
+    says("has format 3, this version reads 1 and 2", lambda header: header[about].update(format="3"))
     says("unknown key 'new'", lambda header: header[about].update(attention='{"new": 1}'))
     says("does not understand", lambda header: header[about].update(frame='{"new": 1}'))
     says("does not understand", lambda header: header[about].update(tokens="9999"))
@@ -237,9 +239,10 @@ def test_another_format_and_what_this_version_does_not_understand_are_refused(sa
     says("no session file", lambda header: header[about].pop("kind"))
     says("no session file", lambda header: header.pop(about))
     says("no session file", lambda header: header.update({"1.keys": 3}))
-    saved.write_bytes(whole)
-    rewritten(saved, lambda header: None)
-    Session.load(saved, model)
+    for known in ("1", "2"):
+        saved.write_bytes(whole)
+        rewritten(saved, lambda header, known=known: header[about].update(format=known))
+        Session.load(saved, model)
 
 
 def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path, saved: Path) -> None:

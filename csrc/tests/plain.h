@@ -156,8 +156,8 @@ inline std::vector<double> rotated_by(const float* rotation, std::vector<double>
 
 // one cache of one size, and the call that all operations start from
 struct Case {
-  int64_t type, query_type, length, group, dim, value_dim, words, low, high;
-  Tensor query, keys, values;
+  int64_t type, query_type, length, group, dim, value_dim, words, low, high, whole_from;
+  Tensor query, keys, values, whole_keys, whole_values;
   Block<uint8_t> codes, middle, near_valid;
   Block<uint16_t> factors;
   Block<float> mean, deviation, rotation, value_rotation, output, lse, logits, near_lse, missing;
@@ -167,8 +167,11 @@ struct Case {
   Case(int64_t type, int64_t length, int64_t group, int64_t dim, int64_t value_dim, int64_t threads)
       : type(type), query_type(query_type_of(type, length)), length(length), group(group), dim(dim), value_dim(value_dim), words((dim + 15) / 16),
         low(std::min<int64_t>(length, length % 20)), high(std::max(low, length - 1 - length % 3)),
+        whole_from(is_packed(type) && length % 4 ? length - upto(std::min<int64_t>(length, 130)) : length),
         query(query_type, 1, HEADS * group, dim, 1), keys(type, HEADS, length, dim, length % 2 ? 3 : 0),
-        values(type, HEADS, length, value_dim, length % 2 ? 5 : 0), codes(UNITS * blocks() * words * 64),
+        values(type, HEADS, length, value_dim, length % 2 ? 5 : 0),
+        whole_keys(query_type, HEADS, length - whole_from, dim, length % 2 ? 3 : 0),
+        whole_values(query_type, HEADS, length - whole_from, value_dim, length % 2 ? 5 : 0), codes(UNITS * blocks() * words * 64),
         middle(ROWS * (high - low)), near_valid(ROWS * (length - high + low)), factors(UNITS * blocks() * 16),
         mean(UNITS * dim), deviation(UNITS * dim), rotation(1 + dim + odd(dim) * odd(dim)),
         value_rotation(1 + value_dim + odd(value_dim) * odd(value_dim)),
@@ -192,7 +195,11 @@ struct Case {
     call.factor_row = HEADS * call.factor_head, call.mean = mean.data, call.deviation = deviation.data;
     call.key_scales = keys.scales.data, call.key_scale_head = length, call.key_scale_row = HEADS * length;
     call.value_scales = values.scales.data, call.value_scale_head = length, call.value_scale_row = HEADS * length;
-    call.value_rotation = value_rotation.data;
+    call.value_rotation = value_rotation.data, call.whole_from = whole_from;
+    call.whole_keys = whole_keys.block.data, call.whole_key_row = whole_keys.row, call.whole_key_head = whole_keys.head;
+    call.whole_key_token = whole_keys.token, call.whole_values = whole_values.block.data;
+    call.whole_value_row = whole_values.row, call.whole_value_head = whole_values.head;
+    call.whole_value_token = whole_values.token;
     call.near = near.data, call.near_count = beside, call.low = low, call.high = high;
     call.logits = logits.data, call.near_lse = near_lse.data, call.tokens = tokens.data;
     call.cap = -1, call.tokens_room = high - low, call.counts = counts.data, call.missing = missing.data;
@@ -222,13 +229,14 @@ struct Case {
   }
   double logit(int64_t unit, int64_t g, int64_t t) const {
     double dot = 0;
-    if (is_packed(type)) {
+    if (is_packed(type) && t < whole_from) {
       const std::vector<double>& asked = turned_query(unit, g);
       for (int64_t i = 0; i < dim; i++) dot += asked[i] * keys.of(unit / HEADS, unit % HEADS, t, i);
       return dot * call.scaling;
     }
     for (int64_t i = 0; i < dim; i++)
-      dot += query.of(unit / HEADS, 0, unit % HEADS * group + g, i) * keys.of(unit / HEADS, unit % HEADS, t, i);
+      dot += query.of(unit / HEADS, 0, unit % HEADS * group + g, i) *
+             (t < whole_from ? keys : whole_keys).of(unit / HEADS, unit % HEADS, t < whole_from ? t : t - whole_from, i);
     return dot * call.scaling;
   }
   // kept: it is asked for with every token

@@ -114,18 +114,20 @@ class LayerState:
     def note(self, rows: Rows, dense: list[bool], selection: Selection | None) -> None:
         """Remember what a step read."""
         if selection is None:
-            self._notes.append(_Note(rows.counts, dense))
+            self._notes.append(_Note(rows.counts, dense, self.buffer.whole))
         else:
             self._notes.append(
-                _Note(rows.counts, dense, selection.counts, selection.missing_mass, selection.index_bytes)
-            )
+                _Note(
+                    rows.counts, dense, self.buffer.whole, selection.counts, selection.missing_mass,
+                    selection.index_bytes,
+                )
+            )  # fmt: skip
         if len(self._notes) >= _MOST_NOTES:
             self._add_up()
 
     def _add_up(self) -> None:
-        near = self.config.sink_tokens + self.config.attention_window
         for note in self._notes:
-            self._reads.add(note.reads(self.buffer, near))
+            self._reads.add(note.reads(self.buffer, self.config))
         self._notes.clear()
 
     def convert(self, kv_dtype: str) -> None:
@@ -253,20 +255,27 @@ def _check(query: Tensor, layer: LayerState, rows: Rows) -> None:
 
 @dataclass(frozen=True)
 class _Note:
-    """What one step read, as it came: adding it up would cost as much as a short step, so it waits."""
+    """What one step read, as it came: adding it up would cost as much as a short step, so it waits.
+
+    whole: newest tokens of a packed cache that were held as they came. Those of the window count with the bytes they
+        have so; one that was chosen, as it may be where the window is shorter, counts as packed.
+    """
 
     counts: tuple[int, ...]
     dense: list[bool]
+    whole: int
     chosen: Tensor | None = None
     missing: Tensor | None = None
     index_bytes: int = 0
 
-    def reads(self, buffer: KVBuffer, near: int) -> Reads:
-        heads = buffer.shape[1]
+    def reads(self, buffer: KVBuffer, config: AttentionConfig) -> Reads:
+        heads, near = buffer.shape[1], config.sink_tokens + config.attention_window
         chosen = [0] * len(self.dense) if self.chosen is None else self.chosen.sum(-1).tolist()
-        tokens = 0
+        tokens = whole = 0
         for count, is_dense, own in zip(self.counts, self.dense, chosen, strict=True):
             tokens += count * heads if is_dense else min(count, near) * heads + int(own)
+            has_packed = count > self.whole and not is_dense
+            whole += min(self.whole, config.attention_window if has_packed else near if not is_dense else count) * heads
         missing = 0.0
         if self.missing is not None:
             sparse = torch.tensor(self.dense).logical_not().to(self.missing)
@@ -277,7 +286,7 @@ class _Note:
             sparse_steps=int(self.chosen is not None),
             tokens_read=tokens,
             tokens_cached=cached,
-            bytes_read=tokens * buffer.token_bytes,
+            bytes_read=(tokens - whole) * buffer.token_bytes + whole * buffer.plain_token_bytes,
             index_bytes=self.index_bytes,
             bytes_dense=cached * buffer.plain_token_bytes,
             missing_mass=missing,

@@ -34,8 +34,9 @@ class AttentionConfig:
             the backend's sparse step was measured to be the faster one (benchmarks/crossover.py);
             0 never forces dense. Policies that evict have nothing left to read densely, and ignore it.
         kv_dtype: "int8" or "int4" keep each channel of keys and values in so many bits, with a scale a token:
-            about a quarter and an eighth of float32's memory. None keeps them as the model makes them. int8
-            costs next to nothing, int4 a lot (docs/experiments.md, 17). Not for the backend triton.
+            about a quarter and an eighth of float32's memory. None keeps them as the model makes them. So are the
+            newest 64 to 95 tokens under either. int8 costs nothing that shows, int4 some two hundredths of the
+            perplexity (docs/experiments.md, 17). Not for the backend triton.
         max_cache_tokens: tokens held per layer and KV head at most. What is beyond is evicted, an eighth at a
             time: the tokens that the newest queries attend to least, never sinks or window. For policies sketch,
             dense and window.

@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 
-from sparse_attention_decoder.cache.arena import SCALES, allocate, packed_view, room
-from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
+import sparse_attention_decoder.cache.arena as arena
+from sparse_attention_decoder.cache.fitting import check_fewer_bits, check_fits, check_pair, check_room
+from sparse_attention_decoder.cache.newest import NEWEST_NAMES, Newest
+from sparse_attention_decoder.errors import ShapeError, UnsupportedError
 from sparse_attention_decoder.kernels import Kernels, Packed, Request, plain, resolve, stored_bytes
 from sparse_attention_decoder.tables import KV_BITS
-
-_NAMES = (*SCALES, *SCALES.values())
-# tokens packed anew at a time, when a cache is converted
-_PIECE = 4096
 
 
 class KVBuffer:
@@ -18,7 +16,9 @@ class KVBuffer:
 
     Appending a token writes it in place; only growing copies, and grows by half, so a token is
     copied about twice in its life, however long the context gets; not even that where `reserve` said how long.
+    Packed or to be packed, the newest tokens are kept as they came, see `Newest`, and packed when others have followed.
 
+    newest: the tokens that are whole; None where nothing is packed.
     limit: capacity beyond which it does not grow ahead of need; None for none.
     evicted: tokens that each row and head held once and no longer does; demoted: those it had to keep in fewer bits.
 
@@ -45,8 +45,12 @@ class KVBuffer:
         self._reserved = 0
         # keys and values, and where they are packed key_scales and value_scales; tokens are the third axis of each
         self._stored: dict[str, Tensor] = {}
-        # views of all that is held, made once a step; dropped by whatever changes it
+        self.newest: Newest | None = None
+        # views of all that is held, made once a step, and of what is packed of it; dropped by whatever changes them
         self._views: dict[str, Tensor | Packed] = {}
+        self._packed_views: dict[str, Packed] = {}
+        # shapes, dtypes and devices of what was appended last, and fitted
+        self._fitting: tuple[object, ...] = ()
         self._dtype = torch.float32
         self._kernels: Kernels | None = None
 
@@ -63,8 +67,8 @@ class KVBuffer:
 
     @property
     def steady_tokens(self) -> int:
-        """Tokens that can be held before anything has to move."""
-        return self.capacity
+        """Tokens that can be held before anything has to move or be packed."""
+        return self.capacity if self.newest is None else min(self.capacity, self.newest.steady_tokens)
 
     @property
     def seen(self) -> int:
@@ -79,7 +83,12 @@ class KVBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, room for tokens to come included."""
-        return sum(held.nbytes for held in self._stored.values())
+        return sum(held.nbytes for held in self._stored.values()) + (self.newest.nbytes if self.newest else 0)
+
+    @property
+    def whole(self) -> int:
+        """How many of the newest tokens of a packed cache are kept as they came."""
+        return self.newest.count if self.newest else 0
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -90,12 +99,12 @@ class KVBuffer:
     @property
     def keys(self) -> Tensor | Packed:
         """View [B, Hkv, T, D] of the keys held now, as kernels take it; a later append may leave it behind."""
-        return self._whole("keys")
+        return self._view("keys")
 
     @property
     def values(self) -> Tensor | Packed:
         """View [B, Hkv, T, Dv] of the values held now."""
-        return self._whole("values")
+        return self._view("values")
 
     @property
     def plain_keys(self) -> Tensor:
@@ -109,7 +118,7 @@ class KVBuffer:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's key and value in one head, as they are kept."""
+        """Bytes of one token's key and value in one head, as they are kept; of a packed cache's, once it is packed."""
         return sum(stored_bytes(x.shape[-1], self.kv_dtype, self._dtype) for x in (self.keys, self.values))
 
     @property
@@ -118,8 +127,9 @@ class KVBuffer:
         return sum(stored_bytes(x.shape[-1], None, self._dtype) for x in (self.keys, self.values))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Views of all that is stored, by name: tokens are the third axis of each, T of them."""
-        return {name: held[:, :, : self.length] for name, held in self._stored.items()}
+        """Views of all that is stored, by name, tokens the third axis of each; those that are whole under `newest_`."""
+        stored = {name: held[:, :, : self._stored_length] for name, held in self._stored.items()}
+        return stored | (self.newest.tensors() if self.newest else {})
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] behind those held.
@@ -129,39 +139,51 @@ class KVBuffer:
             BackendError: the backend does not pack such tensors.
         """
         keys, values = keys.detach(), values.detach()
-        self._check_pair(keys, values)
-        count = keys.shape[2]
-        if not self._stored:
-            self._dtype = keys.dtype
-            if self.kv_dtype is not None:
-                self._kernels = self._resolve(self.kv_dtype, keys, values)
-            tokens = self._room(count, max(0, self._reserved - count) if self._reserved else count // 2)
-            for name, like in (("keys", keys), ("values", values)):
-                self._stored.update(allocate(name, like, tokens, self.kv_dtype))
-        self._check_fits("keys", keys, self.keys)
-        self._check_fits("values", values, self.values)
+        fitting = (keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device)
+        if fitting != self._fitting:
+            check_pair(keys, values)
+            if self._stored:
+                check_fits("keys", keys, self.keys)
+                check_fits("values", values, self.values)
+            else:
+                self._begin(keys, values)
+            self._fitting = fitting
         self._views.clear()
-        needed = self.length + count
+        needed = self.length + keys.shape[2]
         if needed > self.capacity:
             self._grow(max(needed, self._room(self.capacity, self.capacity // 2)))
-        for name, new in (("keys", keys), ("values", values)):
-            place = self._view(name, self.length, needed)
-            if isinstance(place, Packed):
-                assert self._kernels is not None
-                self._kernels.pack(new, place)
-            else:
-                place.copy_(new)
+        if self.newest is not None:
+            self.newest.push(keys, values, self._pack)
+        else:
+            self._stored["keys"][:, :, self.length : needed].copy_(keys)
+            self._stored["values"][:, :, self.length : needed].copy_(values)
         self.length = needed
 
     def advance(self) -> None:
-        """One more token is held: a kernel has written it."""
+        """One more token is held, within `steady_tokens`: a kernel has written it."""
         self._views.clear()
         self.length += 1
+        if self.newest is not None:
+            self.newest.count += 1
+
+    def _begin(self, keys: Tensor, values: Tensor) -> None:
+        self._dtype, count = keys.dtype, keys.shape[2]
+        if self.kv_dtype is not None:
+            self._kernels = self._resolve(self.kv_dtype, keys, values)
+            self.newest = Newest(keys, values)
+        tokens = self._room(count, max(0, self._reserved - count) if self._reserved else count // 2)
+        for name, like in (("keys", keys), ("values", values)):
+            self._stored.update(arena.allocate(name, like, tokens, self.kv_dtype))
+
+    def _pack(self, name: str, new: Tensor, start: int) -> None:
+        assert self._kernels is not None
+        self._packed_views.clear()
+        self.changes += 1
+        self._kernels.pack(new, arena.packed_view(self._stored, name, start, start + new.shape[2], self._dtype))
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, so that what is appended up to there is never copied."""
         self._reserved = tokens
-        self._views.clear()
         if self._stored and tokens > self.capacity:
             self._grow(self._room(self.capacity, tokens - self.capacity))
 
@@ -172,29 +194,27 @@ class KVBuffer:
             ConfigError: not a kv_dtype of fewer bits than there are now.
             BackendError: the backend does not pack such tensors.
         """
-        if KV_BITS.get(kv_dtype, 16) >= KV_BITS.get(str(self.kv_dtype), 16):
-            fewer = [name for name, bits in KV_BITS.items() if bits < KV_BITS.get(str(self.kv_dtype), 16)]
-            raise ConfigError(
-                f"kv_dtype {kv_dtype!r} is no less than {self.kv_dtype!r}, which this cache holds; "
-                f"it converts to {' or '.join(fewer) or 'nothing smaller'}"
-            )
+        check_fewer_bits(kv_dtype, self.kv_dtype)
         if self._stored:
-            self._kernels = kernels = self._resolve(kv_dtype, self.keys, self.values)
-            self._moved()
-            fresh: dict[str, Tensor] = {}
-            for name in ("keys", "values"):
-                old = self._view(name, 0, self.length)
-                fresh.update(allocate(name, old, self.capacity if not fresh else fresh["keys"].shape[2], kv_dtype))
-                new = packed_view(fresh, name, 0, self.length, self._dtype)
-                for start in range(0, self.length, _PIECE):
-                    piece = slice(start, start + _PIECE)
-                    kernels.pack(plain(old[:, :, piece]), new[:, :, piece])
-                del old
-                for part in (name, SCALES[name]):
-                    self._stored.pop(part, None)
-            self._stored = fresh
+            self._convert(kv_dtype)
         self.demoted += self.length
         self.kv_dtype = kv_dtype
+
+    def _convert(self, kv_dtype: str) -> None:
+        kernels = self._resolve(kv_dtype, self.keys, self.values)
+        newest = self.newest or Newest.behind(self.keys, self.values)
+        fresh: dict[str, Tensor] = {}
+        for name in ("keys", "values"):
+            old = self._view(name)
+            fresh.update(arena.allocate(name, old, self.capacity if not fresh else fresh["keys"].shape[2], kv_dtype))
+            arena.pack_pieces(
+                kernels, old[:, :, : newest.first], arena.packed_view(fresh, name, 0, newest.first, self._dtype)
+            )
+            del old
+            self._forget_views()
+            for part in (name, arena.SCALES[name]):
+                self._stored.pop(part, None)
+        self._stored, self.newest, self._kernels = fresh, newest, kernels
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens.
@@ -210,7 +230,9 @@ class KVBuffer:
                 f"cannot go back by {self.length - length} tokens: {self.evicted} were evicted to stay below the cap, "
                 f"the last of them {self.length - self._settled} tokens ago; raise max_cache_tokens or max_cache_bytes"
             )
-        self._views.clear()
+        self._forget_views()
+        if self.newest is not None:
+            self.newest.truncate(length)
         self.length = length
 
     def adopt(self, tensors: dict[str, Tensor], length: int, dtype: torch.dtype) -> None:
@@ -221,90 +243,70 @@ class KVBuffer:
         Raises:
             ShapeError: they do not fit together, or have no room for so many tokens.
         """
-        stored = {name: held for name, held in tensors.items() if name in _NAMES}
+        whole = {name: tensors[name] for name in NEWEST_NAMES if name in tensors}
+        stored = {name: tensors[name] for name in (*arena.SCALES, *arena.SCALES.values()) if name in tensors}
         forms = {Packed.storage(8, name)[1]: name for name in KV_BITS}
-        self._moved()
-        self._stored, self.kv_dtype = stored, forms.get(stored["keys"].dtype)
+        self._forget_views()
+        self._stored, self.newest, self.kv_dtype = stored, None, forms.get(stored["keys"].dtype)
         self._dtype = stored["keys"].dtype if self.kv_dtype is None else dtype
-        self._check_pair(stored["keys"], stored["values"])
-        if any(held.shape[:2] != stored["keys"].shape[:2] for held in stored.values()) or self.capacity < length:
-            shapes = {name: tuple(held.shape) for name, held in stored.items()}
-            raise ShapeError(f"{shapes} have no room for {length} tokens, or do not fit together")
+        check_pair(stored["keys"], stored["values"])
+        count = max((held.shape[2] for held in whole.values()), default=0)
+        check_room(stored | whole, self.capacity + count, length)
         self.length = length
         if self.kv_dtype is not None:
-            self._kernels = self._resolve(self.kv_dtype, self.keys, self.values)
+            keys, values = (arena.packed_view(stored, name, 0, length - count, dtype) for name in arena.SCALES)
+            self._kernels = self._resolve(self.kv_dtype, keys, values)
+            self.newest = Newest(keys, values)
+            self.newest.hold(whole, length - count)
+            if self.capacity < length:
+                self._grow(length)
 
     def take_tokens(self, keep: Tensor, capacity: int) -> None:
         """Hold only the tokens at `keep` [B, Hkv, N] int64, ascending, and have room for `capacity` of them.
 
         Works in place where the capacity stays, else one stored tensor at a time.
         """
-        self._moved()
-        for name in self._stored:
-            held = self._stored[name]
-            if capacity != held.shape[2]:
-                self._stored[name] = room((*held.shape[:2], capacity, *held.shape[3:]), held.dtype, held.device)
-            # head by head: what is picked is a copy, and need not be one of the whole layer
-            for row, own in enumerate(keep):
-                for head, tokens in enumerate(own):
-                    self._stored[name][row, head, : len(tokens)] = held[row, head].index_select(0, tokens)
+        self._forget_views()
+        arena.keep_tokens(self._stored, self.newest.take_tokens(keep, self._pack) if self.newest else keep, capacity)
         self.evicted += self.length - keep.shape[2]
         self.length = self._settled = keep.shape[2]
 
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` [B'] int64 held: reorder, repeat or select rows."""
-        self._moved()
-        for name in self._stored:
-            held = self._stored[name]
-            taken = held[:, :, : self.length].index_select(0, rows.to(held.device))
-            if len(rows) != held.shape[0]:
-                self._stored[name] = held = room((len(rows), *held.shape[1:]), held.dtype, held.device)
-            held[:, :, : self.length] = taken
+        self._forget_views()
+        if self.newest is not None:
+            self.newest.take_rows(rows)
+        arena.keep_rows(self._stored, rows, self._stored_length)
 
     def _room(self, tokens: int, more: int) -> int:
         return tokens + more if self.limit is None else max(tokens, min(tokens + more, self.limit))
 
-    def _whole(self, name: str) -> Tensor | Packed:
-        if name not in self._views:
-            self._views[name] = self._view(name, 0, self.length)
-        return self._views[name]
+    @property
+    def _stored_length(self) -> int:
+        return self.newest.first if self.newest else self.length
 
-    def _view(self, name: str, low: int, high: int) -> Tensor | Packed:
+    def _forget_views(self) -> None:
+        self._views.clear()
+        self._packed_views.clear()
+        self._fitting = ()
+        self.changes += 1
+
+    def _view(self, name: str) -> Tensor | Packed:
         if not self._stored:
             raise ShapeError("the cache is empty; append keys and values before reading them")
-        if self.kv_dtype is not None:
-            return packed_view(self._stored, name, low, high, self._dtype)
-        return self._stored[name][:, :, low:high]
+        if name not in self._views:
+            self._views[name] = self._stored[name][:, :, : self.length] if self.newest is None else self._mixed(name)
+        return self._views[name]
+
+    def _mixed(self, name: str) -> Packed:
+        assert self.newest is not None
+        if name not in self._packed_views:
+            self._packed_views[name] = arena.packed_view(self._stored, name, 0, self.newest.first, self._dtype)
+        return self._packed_views[name].before(self.newest.view(name))
 
     def _resolve(self, kv_dtype: str, keys: Tensor | Packed, values: Tensor | Packed) -> Kernels:
         return resolve(self._backend, Request(keys.device, self._dtype, keys.shape[-1], values.shape[-1], kv_dtype))
 
-    def _moved(self) -> None:
-        self._views.clear()
-        self.changes += 1
-
     def _grow(self, capacity: int) -> None:
-        self._moved()
-        # one tensor after the other, so that no more than one is there twice
-        for name in self._stored:
-            held = self._stored[name]
-            larger = room((*held.shape[:2], capacity, *held.shape[3:]), held.dtype, held.device)
-            larger[:, :, : self.length] = held[:, :, : self.length]
-            self._stored[name] = larger
-
-    @staticmethod
-    def _check_pair(keys: Tensor, values: Tensor) -> None:
-        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
-            raise ShapeError(
-                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} do not match; expected [B, Hkv, N, D] each"
-            )
-
-    @staticmethod
-    def _check_fits(name: str, new: Tensor, held: Tensor | Packed) -> None:
-        if new.ndim != 4 or new.shape[:2] != held.shape[:2] or new.shape[3] != held.shape[3]:
-            expected = f"[{held.shape[0]}, {held.shape[1]}, N, {held.shape[3]}]"
-            raise ShapeError(f"{name} to append have shape {tuple(new.shape)}; the cache holds {expected}")
-        if new.dtype != held.dtype or new.device != held.device:
-            raise ShapeError(
-                f"{name} to append are {new.dtype} on {new.device}; the cache holds {held.dtype} on {held.device}"
-            )
+        self._forget_views()
+        arena.grow(self._stored, capacity, self._stored_length)

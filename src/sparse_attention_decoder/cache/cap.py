@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_attention_decoder.cache.buffer import KVBuffer
 from sparse_attention_decoder.cache.index import Index
+from sparse_attention_decoder.cache.newest import newest_bytes
 from sparse_attention_decoder.cache.sketch import Sketch
 from sparse_attention_decoder.cache.witness import OBSERVED, Observation
 from sparse_attention_decoder.config import AttentionConfig
@@ -70,12 +71,12 @@ class _Sizes:
         return cls(rows, heads, dim, values.shape[-1], keys.dtype)
 
     def bytes_of(self, tokens: int, kv_dtype: str | None, has_sketch: bool) -> int:
-        """Bytes of so many tokens in all rows and heads, and of what a sketch was coded with."""
+        """Bytes of so many tokens in all rows and heads, of the newest ones whole, and of a sketch's statistics."""
         each = stored_bytes(self.dim, kv_dtype, self.dtype) + stored_bytes(self.value_dim, kv_dtype, self.dtype)
-        fixed = 0
+        fixed = newest_bytes(self.dim, self.value_dim, self.dtype) if kv_dtype else 0
         if has_sketch:
             each += 4 * -(-self.dim // 16) + 2
-            fixed = 2 * self.dim * max(4, self.dtype.itemsize)
+            fixed += 2 * self.dim * max(4, self.dtype.itemsize)
         return self.rows * self.heads * (tokens * each + fixed)
 
 
@@ -115,7 +116,7 @@ class Cap:
                 resolve(
                     self._config.backend, Request(keys.device, sizes.dtype, sizes.dim, sizes.value_dim, _LADDER[-1])
                 )
-                self._require_room()
+                self._require_room(buffer.kv_dtype)
             if not buffer.is_allocated:
                 for kv_dtype in self._fewer(buffer.kv_dtype):
                     # more bits would not even hold the budget
@@ -140,7 +141,9 @@ class Cap:
         Raises:
             UnsupportedError: the rows hold padding, and something would have to go.
         """
-        if rows.valid is not None and (buffer.evicted or buffer.length >= self._tokens(_LADDER[-1])):
+        if rows.valid is not None and (
+            buffer.evicted or buffer.length >= self._tokens(self._roomiest(buffer.kv_dtype))
+        ):
             raise UnsupportedError(
                 f"rows of {min(rows.counts)} to {max(rows.counts)} real tokens in a batch at its cap of {self.most}: "
                 "with padding no same number of tokens can go from each; decode prompts of one length, or one at a time"
@@ -237,15 +240,20 @@ class Cap:
         tokens = (share - fixed) // (sizes.bytes_of(1, kv_dtype, has_sketch) - fixed) // BLOCK * BLOCK
         return tokens if config.max_cache_tokens is None else min(tokens, config.max_cache_tokens)
 
-    def _require_room(self) -> None:
+    def _roomiest(self, kv_dtype: str | None) -> str | None:
+        """Of this and what it may be turned into, what holds most: of a few tokens fewer bits save nothing."""
+        return max((kv_dtype, *self._fewer(kv_dtype)), key=self._tokens)
+
+    def _require_room(self, kv_dtype: str | None) -> None:
         config, sizes, account = self._config, self._sizes, self.account
         assert sizes is not None
-        held = self._tokens(_LADDER[-1])
+        form = self._roomiest(kv_dtype)
+        held = self._tokens(form)
         if held < config.least_cache_tokens:
             least = -(-config.least_cache_tokens // BLOCK) * BLOCK
-            enough = account.layers * sizes.bytes_of(least, _LADDER[-1], config.policy == "sketch")
+            enough = account.layers * sizes.bytes_of(least, form, config.policy == "sketch")
             raise ConfigError(
-                f"max_cache_bytes is {config.max_cache_bytes}: in {_LADDER[-1]} {max(0, held)} tokens for "
+                f"max_cache_bytes is {config.max_cache_bytes}: in {form or sizes.dtype} {max(0, held)} tokens for "
                 f"{account.layers} layers, {sizes.rows} rows and {sizes.heads} KV heads; sinks, window and top_k need "
                 f"{least}, which take {enough} bytes"
             )

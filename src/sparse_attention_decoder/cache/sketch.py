@@ -17,7 +17,7 @@ class Sketch:
     fitted anew whenever that number changes, that is, whenever the context has grown by a quarter.
     The fit depends on the row's length alone, not on how it got there, so appending one by one,
     appending at once and truncating back all leave the same codes. Packed keys are fitted and coded
-    as they are stored, never as they came, for the same reason.
+    as they are stored or, while they are whole, will be, never as they came, for the same reason.
 
     limit: tokens beyond which it does not grow ahead of need; None for none.
     """

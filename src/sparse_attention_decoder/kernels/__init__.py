@@ -4,11 +4,22 @@ import logging
 from functools import cache
 
 from sparse_attention_decoder.errors import BackendError
-from sparse_attention_decoder.kernels.packed import Packed, plain, stored_bytes
+from sparse_attention_decoder.kernels.packed import Packed, plain, settled, stored_bytes
 from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Kernels, Request, Statistics
 from sparse_attention_decoder.tables import BACKENDS, load
 
-__all__ = ["BLOCK", "Coded", "Kernels", "Packed", "Request", "Statistics", "plain", "resolve", "stored_bytes"]
+__all__ = [
+    "BLOCK",
+    "Coded",
+    "Kernels",
+    "Packed",
+    "Request",
+    "Statistics",
+    "plain",
+    "resolve",
+    "settled",
+    "stored_bytes",
+]
 
 logger = logging.getLogger(__name__)
 

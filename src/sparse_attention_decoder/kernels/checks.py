@@ -10,7 +10,7 @@ from sparse_attention_decoder.selection import Regions
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MOST_DIM, MOST_GROUP = 1024, 256
-# a sketch that passed says so, for it comes back at every step
+# a sketch and packed keys that passed say so, for they come back at every step
 _CHECKED = "_checked"
 
 
@@ -23,19 +23,34 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype:
 def check_keys(keys: Tensor | Packed, axes: int) -> None:
     """Raise ShapeError unless these can be keys: axes, dtype, channels; of packed ones a row in one piece, too."""
     if isinstance(keys, Packed):
-        fits = keys.codes.dtype in (torch.int8, torch.uint8) and keys.scales.dtype == torch.float16
-        if not fits or keys.scales.shape != keys.codes.shape[:-1] or keys.codes.stride(-1) != 1:
-            raise ShapeError(
-                f"packed keys have codes {keys.codes.dtype} {tuple(keys.codes.shape)} and scales {keys.scales.dtype} "
-                f"{tuple(keys.scales.shape)}; see kernels.packed"
-            )
-        if keys.shape[-2] > 1 and keys.scales.stride(-1) != 1:
-            raise ShapeError("the scales of a head's tokens must be contiguous")
+        _check_stored(keys.stored)
+        newest = keys.newest
+        if newest is not None:
+            fits = newest.shape[:-2] == keys.shape[:-2] and newest.shape[-1] == keys.shape[-1]
+            if not fits or newest.dtype != keys.dtype or newest.stride(-1) != 1:
+                raise ShapeError(
+                    f"the newest of packed keys are {newest.dtype} {tuple(newest.shape)} of strides {newest.stride()}; "
+                    f"expected {keys.dtype} {tuple(keys.shape)} but for the tokens, channels contiguous"
+                )
     if keys.ndim != axes or keys.dtype not in FLOATS or not serves(keys.shape[-1]):
         raise ShapeError(
             f"keys are {keys.dtype} of shape {tuple(keys.shape)}; expected {axes} axes of float32, bfloat16 or "
             f"float16, the last a multiple of 8 up to {MOST_DIM}"
         )
+
+
+def _check_stored(keys: Packed) -> None:
+    if _CHECKED in vars(keys):
+        return
+    fits = keys.codes.dtype in (torch.int8, torch.uint8) and keys.scales.dtype == torch.float16
+    if not fits or keys.scales.shape != keys.codes.shape[:-1] or keys.codes.stride(-1) != 1:
+        raise ShapeError(
+            f"packed keys have codes {keys.codes.dtype} {tuple(keys.codes.shape)} and scales {keys.scales.dtype} "
+            f"{tuple(keys.scales.shape)}; see kernels.packed"
+        )
+    if keys.codes.shape[-2] > 1 and keys.scales.stride(-1) != 1:
+        raise ShapeError("the scales of a head's tokens must be contiguous")
+    vars(keys)[_CHECKED] = True
 
 
 def serves(dim: int) -> bool:
@@ -59,6 +74,11 @@ def check_cache(query: Tensor, keys: Tensor | Packed, values: Tensor | Packed) -
             raise ShapeError(
                 f"query is {query.dtype}, keys and values have {keys.bits} and {values.bits} bits; expected a float of "
                 "up to 32 bits, and keys and values of as many bits"
+            )
+        if keys.whole != values.whole or (keys.whole and query.dtype != keys.dtype):
+            raise ShapeError(
+                f"{keys.whole} keys and {values.whole} values are whole, in {keys.dtype}, the query is {query.dtype}; "
+                "expected as many of both, in the query's dtype"
             )
     elif isinstance(keys, Packed) or isinstance(values, Packed):
         raise ShapeError("of keys and values one is packed; expected both or none")

@@ -1,4 +1,8 @@
-"""What a kernel backend offers. Tensors in, tensors out: no state, no policy, no model. Keys may be packed."""
+"""What a kernel backend offers. Tensors in, tensors out: no state, no policy, no model. Keys may be packed.
+
+Of packed keys and values the newest tokens may be whole: attention reads those as they are, but `fit` and `encode` take
+every key as it is or will be stored.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_attention_decoder.errors import ShapeError
-from sparse_attention_decoder.kernels.packed import Packed, rotated
+from sparse_attention_decoder.kernels.packed import Packed, rotated, rows_at, settled
 from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Request
 from sparse_attention_decoder.kernels.rotation import rotate, unrotate, work_dtype
 from sparse_attention_decoder.selection import Regions, Selection
@@ -46,7 +46,7 @@ class ReferenceKernels:
 
     def fit(self, keys: Tensor | Packed) -> tuple[Tensor, Tensor]:
         """Mean and deviation [Hkv, D] of one row's keys [Hkv, N, D] after rotation; N may be 0."""
-        turned = rotated(keys)
+        turned = rotated(settled(keys))
         if keys.shape[1] == 0:
             mean = turned.new_zeros(turned.shape[0], turned.shape[2])
             return mean, torch.ones_like(mean)
@@ -60,13 +60,14 @@ class ReferenceKernels:
         """Two bits a channel and one factor a token, written into `coded`.
 
         Args:
-            keys: [B, Hkv, N, D], after RoPE; packed ones are coded as they are stored, however they got there.
+            keys: [B, Hkv, N, D], after RoPE; packed ones are coded as they are stored, however they got there, and
+                those that are still whole as they will be: the same token has the same code before and after.
             coded: its statistics are of the rotated keys; has room for token start + N - 1.
             start: where the first of the keys belongs.
         The factor |z|^2 / (z . level) makes a code's product with its own key exact.
         """
         mean, deviation = coded.statistics.mean.unsqueeze(2), coded.statistics.deviation.unsqueeze(2)
-        z = (rotated(keys) - mean) / deviation
+        z = (rotated(settled(keys)) - mean) / deviation
         levels = (z >= -STEP).to(torch.uint8) + (z >= 0) + (z >= STEP)
         along = (z * (levels.to(z.dtype) - 1.5)).sum(-1)
         # z = 0 means the key is the mean itself, which a factor of 0 says exactly
@@ -102,7 +103,7 @@ class ReferenceKernels:
         if isinstance(keys, Packed):
             # where all are rotated, products are what they were
             query = rotate(query)
-        picked = _gather(keys, tokens).to(work_dtype(query))
+        picked = rows_at(keys, tokens).to(work_dtype(query))
         return scaling * (_grouped(query, keys.shape[1]).to(picked.dtype) @ picked.transpose(-1, -2))
 
     def select(
@@ -173,7 +174,7 @@ class ReferenceKernels:
             logits = logits.masked_fill(~valid.unsqueeze(2), -math.inf)
         lse = logits.logsumexp(-1)
         weights = (logits - lse.unsqueeze(-1).clamp_min(torch.finfo(lse.dtype).min)).exp()
-        output = weights @ _gather(values, tokens).to(weights.dtype)
+        output = weights @ rows_at(values, tokens).to(weights.dtype)
         if isinstance(values, Packed):
             output = unrotate(output)
         return output.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
@@ -284,16 +285,3 @@ def _first_best(values: Tensor, count: int) -> Tensor:
         # topk leaves open which of equal values comes first
         return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return more.indices[..., :count]
-
-
-def _gather(x: Tensor | Packed, tokens: Tensor) -> Tensor:
-    # rows as they are stored: those of a packed cache come rotated
-    if isinstance(x, Packed):
-        return Packed(_gather(x.codes, tokens), _gather(x.scales.unsqueeze(-1), tokens).squeeze(-1), x.dtype).rotated()
-    # index_select per head moves whole rows: five times faster than gather on a CPU
-    batch, heads, _, dim = x.shape
-    out = x.new_empty(batch, heads, tokens.shape[-1], dim)
-    for row in range(batch):
-        for head in range(heads):
-            torch.index_select(x[row, head], 0, tokens[row, head], out=out[row, head])
-    return out

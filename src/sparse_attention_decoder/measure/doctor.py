@@ -13,7 +13,7 @@ from sparse_attention_decoder.kernels import Request
 from sparse_attention_decoder.kernels.cpu import isa
 from sparse_attention_decoder.models.kept import cache_directory
 from sparse_attention_decoder.models.loading import default_gguf
-from sparse_attention_decoder.models.memory import gguf_token_bytes
+from sparse_attention_decoder.models.memory import gguf_bytes
 from sparse_attention_decoder.tables import BACKENDS, load
 
 
@@ -35,7 +35,9 @@ def facts() -> Iterator[tuple[str, str]]:
     try:
         place = default_gguf()
         yield "default model", str(place)
-        yield "its KV, a token", ", ".join(f"{size} bytes in {form}" for form, size in gguf_token_bytes(place).items())
+        forms, whole = gguf_bytes(place)
+        each = ", ".join(f"{size} bytes in {form}" for form, size in forms.items())
+        yield "its KV, a token", f"{each}; beside int8 or int4 {whole} for the newest tokens, which stay whole"
     except ModelLoadError as error:
         yield "default model", f"not found: {error}"
     yield "converted models", str(cache_directory())

@@ -10,7 +10,8 @@ class Bookmark:
 
     Whatever was appended meanwhile is dropped, also by a forward that broke off between two layers. Keys, values
     and sketch are cut, which copies nothing. What cannot be cut is kept as a copy: a sliding window of
-    transformers' own, and what a policy saw of the prompt's queries.
+    transformers' own, what a policy saw of the prompt's queries, and the newest tokens of a packed cache, which may be
+    packed meanwhile.
     """
 
     def __init__(self, cache: SparseCache) -> None:
@@ -20,6 +21,11 @@ class Bookmark:
             copy.copy(layer.state.witness) if isinstance(layer, SparseLayer) else copy.deepcopy(layer)
             for layer in cache.layers
         ]
+        self._newest = {
+            number: copy.deepcopy(layer.state.buffer.newest)
+            for number, layer in enumerate(cache.layers)
+            if isinstance(layer, SparseLayer)
+        }
 
     def go_back(self) -> None:
         """Leave the cache as it was when this bookmark was made; may be called any number of times."""
@@ -29,6 +35,8 @@ class Bookmark:
                 self._cache.layers[number] = copy.deepcopy(kept)
                 continue
             layer.crop(self._length - layer.get_seq_length())
+            if self._newest[number] is not None:
+                layer.state.buffer.newest = copy.deepcopy(self._newest[number])
             layer.last = None
             layer.state.witness = copy.copy(kept)
             if layer.state.policy.evicts:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from sparse_attention_decoder import __version__
-from sparse_attention_decoder.cache import Sketch
+from sparse_attention_decoder.cache import NEWEST_NAMES, Sketch
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, SessionFileError, ShapeError, UnsupportedError
 from sparse_attention_decoder.models import identity
@@ -29,8 +29,8 @@ from sparse_attention_decoder.models.frame import Frame
 from sparse_attention_decoder.selection import Rows
 
 KIND = "sparse-attention-decoder session"
-# raise it when a file of the version before would be read wrong
-FORMAT = 1
+# raise it when a file would be read wrong by the version before; 1 had no newest tokens that are whole, none is missed
+FORMAT, READ = 2, ("1", "2")
 # tokens of a question and an answer that fit behind a loaded document before its keys and values are copied
 SPARE = 1024
 # checked whole up to half a gigabyte, 0.3 s; of a larger file evenly spaced samples
@@ -155,7 +155,8 @@ def _stored(layer: Any) -> _Stored:
             f"a session cannot be saved under policy {state.config.policy}, which keeps what it saw of the prompt's "
             'queries; read the document under another, such as "sketch"'
         )
-    stored = {name: (held, SPARE) for name, held in state.buffer.tensors().items()}
+    # what is whole is copied when it is loaded: it moves as tokens follow
+    stored = {name: (held, 0 if name in NEWEST_NAMES else SPARE) for name, held in state.buffer.tensors().items()}
     if state.index is None:
         state.index = state.policy.new_index(state.kernels, state.config)
     # other indexes are made from the keys when they are first needed
@@ -198,7 +199,7 @@ def _write(file: IO[bytes], tensors: _Stored, metadata: dict[str, str]) -> None:
     for tensor, spare in tensors.values():
         for row in tensor.flatten(0, 1) if spare else [tensor]:
             file.write(row.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-            file.seek(row[:1].numel() * spare * row.element_size(), os.SEEK_CUR)
+            file.seek(math.prod(row.shape[1:]) * spare * row.element_size(), os.SEEK_CUR)
     checksum = _checksum(file)
     file.seek(-4, os.SEEK_END)
     file.write(checksum)
@@ -230,10 +231,10 @@ def _checked(path: Path) -> dict[str, str]:
             metadata = header.pop("__metadata__")
             if metadata["kind"] != KIND:
                 raise SessionFileError(f"{foreign}: it is another kind of safetensors file")
-            if metadata["format"] != str(FORMAT):
+            if metadata["format"] not in READ:
                 raise SessionFileError(
-                    f"{path} has format {metadata['format']}, this version reads {FORMAT}; {_READ_AGAIN}, or use the "
-                    f"version that wrote it, {metadata['library']}"
+                    f"{path} has format {metadata['format']}, this version reads {' and '.join(READ)}; {_READ_AGAIN}, "
+                    f"or use the version that wrote it, {metadata['library']}"
                 )
             whole = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
             if size < whole:

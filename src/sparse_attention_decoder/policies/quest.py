@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_decoder.config import AttentionConfig
-from sparse_attention_decoder.kernels import Kernels, Packed, plain
+from sparse_attention_decoder.kernels import Kernels, Packed, plain, settled
 from sparse_attention_decoder.policies.protocol import Policy, Step
 from sparse_attention_decoder.selection import Rows, Selection
 
@@ -47,7 +47,7 @@ class PageBounds:
             fresh = self.low.new_full((*keys.shape[:2], room, keys.shape[3]), math.inf)
             self.low, self.high = torch.cat([self.low, fresh], 2), torch.cat([self.high, -fresh], 2)
         page = page_of(rows, keys.shape[0], keys.device)[:, None, self.length :, None]
-        new = plain(keys[:, :, self.length :])
+        new = plain(settled(keys[:, :, self.length :]))
         where = page.expand_as(new)
         low, high = new, new
         if rows.valid is not None:

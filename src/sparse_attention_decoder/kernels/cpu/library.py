@@ -81,6 +81,15 @@ FIELDS = [
     "value_scale_row",
     "value_scale_head",
     "value_rotation",
+    "whole_from",
+    "whole_keys",
+    "whole_key_row",
+    "whole_key_head",
+    "whole_key_token",
+    "whole_values",
+    "whole_value_row",
+    "whole_value_head",
+    "whole_value_token",
 ]
 _LAYOUT = Struct("=" + "".join("d" if name in ("threshold", "scaling") else "q" for name in FIELDS))
 _NOTHING: dict[str, float] = dict.fromkeys(FIELDS, 0)

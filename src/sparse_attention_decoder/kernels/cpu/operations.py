@@ -16,7 +16,7 @@ from sparse_attention_decoder.kernels.checks import (
     checked_sketch,
 )
 from sparse_attention_decoder.kernels.cpu.library import DTYPES, PACKED, call
-from sparse_attention_decoder.kernels.packed import Packed
+from sparse_attention_decoder.kernels.packed import Packed, settled
 from sparse_attention_decoder.kernels.protocol import Coded
 from sparse_attention_decoder.kernels.rotation import rotation_parts
 from sparse_attention_decoder.selection import Regions
@@ -31,7 +31,7 @@ def pack(x: Tensor, into: Packed) -> None:
     """Write keys or values [B, Hkv, N, D] into a packed view of N tokens."""
     check_keys(x, 4)
     check_keys(into, 4)
-    if x.shape != into.shape:
+    if x.shape != into.shape or into.whole:
         raise ShapeError(f"{tuple(x.shape)} does not fit a packed view of {tuple(into.shape)}")
     x = x.contiguous()
     call(
@@ -43,6 +43,7 @@ def pack(x: Tensor, into: Packed) -> None:
 def fit(keys: Tensor | Packed) -> tuple[Tensor, Tensor]:
     """Mean and deviation [Hkv, D] of one row's keys [Hkv, N, D] after rotation; N may be 0."""
     check_keys(keys, 3)
+    keys = settled(keys)
     heads, tokens, dim = keys.shape
     mean, deviation = torch.empty(heads, dim), torch.empty(heads, dim)
     held = _rows(keys)[None]
@@ -61,7 +62,7 @@ def encode(keys: Tensor | Packed, coded: Coded, start: int) -> None:
         raise ShapeError(
             f"tokens {start} to {start + keys.shape[2]} do not fit a sketch of {coded.factors.shape[2]} tokens"
         )
-    keys = _rows(keys)
+    keys = _rows(settled(keys))
     call("sad_encode", cache_fields(keys, None), sketch_fields(coded), start=start, count=keys.shape[2])
 
 
@@ -233,13 +234,22 @@ def cache_fields(keys: Tensor | Packed, values: Tensor | Packed | None) -> dict[
 
 
 def _held(name: str, x: Tensor | Packed) -> dict[str, int]:
-    codes = x.codes if isinstance(x, Packed) else x
-    row, head, token, _ = codes.stride()
-    fields = {f"{name}s": codes.data_ptr(), f"{name}_row": row, f"{name}_head": head, f"{name}_token": token}
     if isinstance(x, Packed):
+        return _packed(name, x)
+    row, head, token, _ = x.stride()
+    return {f"{name}s": x.data_ptr(), f"{name}_row": row, f"{name}_head": head, f"{name}_token": token}
+
+
+def _packed(name: str, x: Packed) -> dict[str, int]:
+    # as for a sketch
+    known: dict[str, int] | None = vars(x.stored).get(name)
+    if known is None or known[f"{name}s"] != x.codes.data_ptr():
         row, head, _ = x.scales.stride()
-        fields |= {f"{name}_scales": x.scales.data_ptr(), f"{name}_scale_row": row, f"{name}_scale_head": head}
-    return fields
+        known = vars(x.stored)[name] = {
+            **_held(name, x.codes), f"{name}_scales": x.scales.data_ptr(), f"{name}_scale_row": row,
+            f"{name}_scale_head": head, "whole_from": x.codes.shape[2],
+        }  # fmt: skip
+    return known if x.newest is None else known | _held(f"whole_{name}", x.newest)
 
 
 def sketch_fields(coded: Coded) -> dict[str, int]:
