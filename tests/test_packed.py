@@ -242,8 +242,8 @@ def test_what_is_stored_is_listed_with_tokens_as_the_third_axis(kv_dtype):
     whole = {name: x.shape[2] for name, x in listed.items() if name in NEWEST_NAMES}
     assert whole == (dict.fromkeys(NEWEST_NAMES, buffer.whole) if kv_dtype else {})
     assert {x.shape[:3] for name, x in listed.items() if name not in whole} == {(2, 2, 150 - buffer.whole)}
-    assert buffer.plain_token_bytes == (4 + 6) * 4
-    held = (150 - buffer.whole) * buffer.token_bytes + buffer.whole * buffer.plain_token_bytes
+    assert buffer.token_bytes(None) == (4 + 6) * 4
+    held = (150 - buffer.whole) * buffer.token_bytes(buffer.kv_dtype) + buffer.whole * buffer.token_bytes(None)
     assert sum(x.nbytes for x in listed.values()) == 2 * 2 * held
     listed["keys"].zero_()
     assert buffer.plain_keys[:, :, : 150 - buffer.whole].eq(0).all() == (kv_dtype != "int4")

@@ -286,8 +286,8 @@ class _Note:
             sparse_steps=int(self.chosen is not None),
             tokens_read=tokens,
             tokens_cached=cached,
-            bytes_read=(tokens - whole) * buffer.token_bytes + whole * buffer.plain_token_bytes,
+            bytes_read=(tokens - whole) * buffer.token_bytes(buffer.kv_dtype) + whole * buffer.token_bytes(None),
             index_bytes=self.index_bytes,
-            bytes_dense=cached * buffer.plain_token_bytes,
+            bytes_dense=cached * buffer.token_bytes(None),
             missing_mass=missing,
         )

@@ -58,8 +58,7 @@ class Ready:
             return None
         rows = Rows.full(query.shape[0], length)
         if self._sketch is None:
-            output = self._call.attend(query, key, value, length)
-            state.note(rows, self._dense, None)
+            output, selection = self._call.attend(query, key, value, length), None
         else:
             config, sketch = state.config, self._sketch
             regions = rows.regions(config.sink_tokens, config.attention_window, query.device)
@@ -70,6 +69,7 @@ class Ready:
                 query, key, value, length, regions.near, regions.high, config.threshold or 0.0
             )
             scored = (regions.high - regions.low) * self._bytes
-            state.note(rows, self._dense, Selection(counts, counts, missing, scored))
+            selection = Selection(counts, counts, missing, scored)
         buffer.advance()
+        state.note(rows, self._dense, selection)
         return output

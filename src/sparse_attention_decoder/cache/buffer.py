@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 import sparse_attention_decoder.cache.arena as arena
-from sparse_attention_decoder.cache.fitting import check_fewer_bits, check_fits, check_pair, check_room
+from sparse_attention_decoder.cache.fitting import check_cut, check_fewer_bits, check_fits, check_pair, check_room
 from sparse_attention_decoder.cache.newest import NEWEST_NAMES, Newest
-from sparse_attention_decoder.errors import ShapeError, UnsupportedError
+from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels import Kernels, Packed, Request, plain, resolve, stored_bytes
 from sparse_attention_decoder.tables import KV_BITS
 
@@ -116,15 +116,9 @@ class KVBuffer:
         """Values [B, Hkv, T, Dv] in the dtype they came in: a view, or unpacked into a tensor of its own."""
         return plain(self.values)
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's key and value in one head, as they are kept; of a packed cache's, once it is packed."""
-        return sum(stored_bytes(x.shape[-1], self.kv_dtype, self._dtype) for x in (self.keys, self.values))
-
-    @property
-    def plain_token_bytes(self) -> int:
-        """The same in the dtype they came in."""
-        return sum(stored_bytes(x.shape[-1], None, self._dtype) for x in (self.keys, self.values))
+    def token_bytes(self, kv_dtype: str | None) -> int:
+        """Bytes of one token's key and value in one head, packed so, or as they came for None."""
+        return sum(stored_bytes(x.shape[-1], kv_dtype, self._dtype) for x in (self.keys, self.values))
 
     def tensors(self) -> dict[str, Tensor]:
         """Views of all that is stored, by name, tokens the third axis of each; those that are whole under `newest_`."""
@@ -202,7 +196,7 @@ class KVBuffer:
 
     def _convert(self, kv_dtype: str) -> None:
         kernels = self._resolve(kv_dtype, self.keys, self.values)
-        newest = self.newest or Newest.behind(self.keys, self.values)
+        newest = self.newest or Newest.behind(self.plain_keys, self.plain_values)
         fresh: dict[str, Tensor] = {}
         for name in ("keys", "values"):
             old = self._view(name)
@@ -223,13 +217,7 @@ class KVBuffer:
             ShapeError: length is negative or beyond what is held.
             UnsupportedError: tokens have been evicted since there were that few.
         """
-        if not 0 <= length <= self.length:
-            raise ShapeError(f"cannot truncate to {length} tokens; the cache holds {self.length}")
-        if length < self._settled:
-            raise UnsupportedError(
-                f"cannot go back by {self.length - length} tokens: {self.evicted} were evicted to stay below the cap, "
-                f"the last of them {self.length - self._settled} tokens ago; raise max_cache_tokens or max_cache_bytes"
-            )
+        check_cut(length, self.length, self._settled, self.evicted)
         self._forget_views()
         if self.newest is not None:
             self.newest.truncate(length)

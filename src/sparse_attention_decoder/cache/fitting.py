@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sparse_attention_decoder.errors import ConfigError, ShapeError
+from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
 from sparse_attention_decoder.kernels import Packed
 from sparse_attention_decoder.tables import KV_BITS
 
@@ -40,4 +40,15 @@ def check_fewer_bits(kv_dtype: str, held: str | None) -> None:
         raise ConfigError(
             f"kv_dtype {kv_dtype!r} is no less than {held!r}, which this cache holds; "
             f"it converts to {' or '.join(fewer) or 'nothing smaller'}"
+        )
+
+
+def check_cut(length: int, held: int, settled: int, evicted: int) -> None:
+    """Raise ShapeError unless `held` tokens can be cut to `length`, UnsupportedError if some were evicted since."""
+    if not 0 <= length <= held:
+        raise ShapeError(f"cannot truncate to {length} tokens; the cache holds {held}")
+    if length < settled:
+        raise UnsupportedError(
+            f"cannot go back by {held - length} tokens: {evicted} were evicted to stay below the cap, "
+            f"the last of them {held - settled} tokens ago; raise max_cache_tokens or max_cache_bytes"
         )
