@@ -186,7 +186,7 @@ class KVBuffer:
 
     def _convert(self, kv_dtype: str) -> None:
         kernels = self._resolve(kv_dtype, self.keys, self.values)
-        newest = self.newest or Newest.behind(self.keys, self.values)
+        newest = self.newest or Newest.behind(self.plain_keys, self.plain_values)
         fresh: dict[str, Tensor] = {}
         for name in ("keys", "values"):
             old = self._view(name)
