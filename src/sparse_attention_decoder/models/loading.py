@@ -53,7 +53,7 @@ def load(
         ModelLoadError: no causal LM there, or a damaged or incomplete one.
         CacheDirectoryError: something has to be converted and the result cannot be kept.
         ConfigError: no such form of weights, or one that dtype contradicts. UnsupportedError: int8 or int4 on a GPU.
-    Cost: a GGUF is converted once, to float32 in `cache_directory()`: 30 s and 540 MB for the default.
+    Cost: a GGUF is converted once, to float32 in `cache_directory()`: 10 s and 540 MB for the default.
     """
     stage = on_stage or (lambda sentence: None)
     if weights is not None:
