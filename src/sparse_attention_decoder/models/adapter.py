@@ -22,6 +22,7 @@ from sparse_attention_decoder.models.cache import LAYER_TAG, STOCK_TAG, SparseCa
 from sparse_attention_decoder.models.packed import named_scales
 from sparse_attention_decoder.models.static import StaticSparseCache, StaticSparseLayer
 from sparse_attention_decoder.models.step import STEP_TAG, TracedCache, attend_traced
+from sparse_attention_decoder.models.verifying import attend_causally, takes_steps
 from sparse_attention_decoder.prefill import attend_chunk, takes_chunk
 from sparse_attention_decoder.selection import Rows
 
@@ -145,6 +146,8 @@ def sparse_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(layer, StaticSparseLayer):
         return _attend_static(module, query, layer, attention_mask, dropout, scale)
+    if layer is not None and query.shape[2] > 1 and takes_steps(layer.state, query.shape[2]):
+        return attend_causally(query.detach(), layer.state, scale).transpose(1, 2), None
     rows = None
     if query.shape[2] == 1 and dropout == 0.0:
         if query.requires_grad or key.requires_grad or value.requires_grad:
