@@ -146,8 +146,7 @@ class SparseAttention(nn.Module):
                 raise ConfigError("compile=True needs input_ids and max_new_tokens, no cache, and not lossless=True")
             mask = kwargs.get("attention_mask")
             kwargs["past_key_values"] = read_into_static(self.model, self.config, input_ids, mask, wanted)
-        if lossless:
-            kwargs = drafting(lossless, self.tokenizer, kwargs)
+        kwargs = drafting(lossless, self.tokenizer, kwargs) if lossless else kwargs
         return self.model.generate(input_ids, **kwargs)
 
     @property

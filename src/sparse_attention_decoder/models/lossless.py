@@ -123,21 +123,21 @@ class Drafting:
         held.crop(0)
         done = self._take(text, text.choose(text.ids, logits[-1:], 0)[0])
         while not done:
-            begun = time.perf_counter()
+            begun, before = time.perf_counter(), text.ids.shape[1]
             draft, probabilities = self._draft(model, held, text)
             passed = time.perf_counter()
             logits = _dense(model, held, torch.cat([text.ids[:, -1:], draft], 1))
             self._pace.record_pass(len(logits), time.perf_counter() - passed)
-            accepted = 0
-            ahead = torch.cat([text.ids, draft], 1)
-            for number in range(len(logits)):
-                before = ahead[:, : ahead.shape[1] - draft.shape[1] + number]
-                token, _ = text.choose(before, logits[number : number + 1], 0)
+            accepted, guesses = 0, [*draft[0].tolist(), None]
+            for guess, row in zip(guesses, logits.split(1), strict=True):
+                token, _ = text.choose(text.ids, row, 0)
                 done = self._take(text, token)
-                if done or number == draft.shape[1] or token != int(draft[0, number]):
+                accepted += token == guess
+                if done or token != guess:
                     break
-                accepted += 1
+            # the newest token is not in the cache yet, nor is anything behind it
             held.crop(text.ids.shape[1] - 1 - held.get_seq_length())
+            self._lossless.tokens += text.ids.shape[1] - before
             self._count(probabilities, accepted, time.perf_counter() - begun)
 
     def _draft(self, model: PreTrainedModel, held: SparseCache, text: "Text") -> tuple[Tensor, list[float]]:
@@ -163,12 +163,13 @@ class Drafting:
         rows = Rows.full(1, held.get_seq_length() + 1)
         reason = None
         if all(layer.state.dense_rows(rows)[0] for layer in held.sparse_layers):
-            reason = f"no drafts: at {rows.length} tokens a step reads them all anyway"
+            reason = "a step reads them all anyway"
         elif not self._pace.pays:
-            reason = f"no drafts: at {rows.length} tokens they do not pay, {self._pace}"
-        if reason is not None and self._lossless.reason is None:
-            _say_once(reason)
-        self._lossless.reason = reason
+            reason = "they do not pay"
+        self._lossless.reason = None
+        if reason is not None:
+            _say_once(f"lossless=True drafts nothing for now, for {reason}; the `Lossless` says more")
+            self._lossless.reason = f"no drafts at {rows.length} tokens, for {reason}; {self._pace}"
         return reason is None
 
     def _take(self, text: "Text", token: int) -> bool:
@@ -179,7 +180,6 @@ class Drafting:
 
     def _count(self, probabilities: list[float], accepted: int, seconds: float) -> None:
         lossless = self._lossless
-        lossless.tokens += accepted + 1
         lossless.passes += 1
         lossless.drafted += len(probabilities)
         lossless.accepted += accepted
