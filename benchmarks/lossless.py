@@ -7,7 +7,7 @@
 Each prompt is read once; dense and lossless decoding then take turns on its cache, which is cut back after each, twice,
 and the index of the prompt is made anew each time. Prompts alternate between text to go on with and a question about it
 in the chat template. A length beyond the model's context is filled with repetitions of what was read: only its times
-mean something, and its acceptance is that of such a text. A JSON line a prompt and one a length, appended to the record.
+mean something, and its acceptance is that of such a text. A JSON line a prompt, one a length.
 """
 
 import argparse
@@ -42,11 +42,15 @@ def main() -> None:
         "compile": given.compile, "drafts": given.drafts, "threads": given.threads, "tokens": given.tokens,
         "cpu": machine["cpu"], "commit": machine["commit"],
     }  # fmt: skip
+    context = decoder.context_length or max(given.lengths) + given.tokens
+    # longer ones are filled, and not to be refused
+    decoder.model.config.max_position_embeddings = max(context, *(length + given.tokens for length in given.lengths))
     for length in given.lengths:
-        lines = []
+        lines, real = [], length if length + given.tokens <= context else READ
         for number in range(given.prompts):
-            ids, cache = prepared(decoder, list(found.values())[number % len(found)], length, number, given.tokens)
-            line = {"context": length, "prompt": number, "filled": ids.shape[1] > given.real(decoder)}
+            ids, cache = prepared(decoder, list(found.values())[number // 2 % len(found)], number, real, length)
+            cache.reserve(length + given.tokens)
+            line = {"context": length, "prompt": number, "filled": real < length}
             line |= compared(decoder, ids, cache, given)
             lines.append(line)
             record(given.out, about | line)
@@ -70,24 +74,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     given = parser.parse_args()
-    given.real = lambda decoder: (decoder.context_length or 1 << 30) - given.tokens
     return given
 
 
-def prepared(
-    decoder: SparseAttention, text: str, length: int, number: int, new_tokens: int
-) -> tuple[Tensor, SparseCache]:
-    """Ids [1, length] of a prompt and a cache of all but the last two of them."""
+def prepared(decoder: SparseAttention, text: str, number: int, real: int, length: int) -> tuple[Tensor, SparseCache]:
+    """Ids [1, about length] of a prompt, `real` of them its own, and a cache of all but the last two."""
     encode = decoder.require_tokenizer()
     start = (2 * number + 1) * len(text) // 97 % (len(text) // 2)
     chat = number % 2 == 1 and getattr(encode, "chat_template", None) is not None
-    real = min(length, READ if length > (decoder.context_length or length) - new_tokens else length)
     ids = encode(text[start : start + 8 * real], return_tensors="pt").input_ids[:, :real]
     if chat:
         ids = decoder.prompt_ids(encode.decode(ids[0, : real - 64]) + QUESTION, chat=True)[:, -real:]
     with torch.inference_mode():
         cache = decoder.prefill(ids[:, :-2])
-        cache.reserve(length + new_tokens)
         for layer in cache.sparse_layers:
             keys, values = (x.clone() for x in layer.plain())
             while layer.state.buffer.length + keys.shape[2] <= length - 2:
@@ -120,7 +119,7 @@ def compared(decoder: SparseAttention, ids: Tensor, cache: SparseCache, given: a
     same = [ours == theirs for ours, theirs in zip(outputs["lossless"], outputs["dense"], strict=True)]
     best = {side: min(times) for side, times in seconds.items()}
     return {
-        "context_read": ids.shape[1], "agreeing": (same + [False]).index(False), "of": len(same),
+        "context_read": ids.shape[1], "agreeing": [*same, False].index(False), "of": len(same),
         "dense_ms": best["dense"] / given.tokens * 1e3, "lossless_ms": best["lossless"] / given.tokens * 1e3,
         "speedup": best["dense"] / best["lossless"], "acceptance": drafting.acceptance, "drafted": drafting.drafted,
         "tokens_per_pass": drafting.tokens_per_pass, "reason": drafting.reason,

@@ -134,12 +134,15 @@ def attend_all(
 
 def attend_causal(query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, scaling: float) -> Tensor:
     """Attention [B, Hq, N, Dv] of the newest N tokens' queries [B, Hq, N, D], each to itself and what is before it."""
+    if query.ndim != 4 or keys.ndim != 4 or not 0 < query.shape[2] <= keys.shape[2]:
+        raise ShapeError(
+            f"queries have shape {tuple(query.shape)}, keys {tuple(keys.shape)}; expected [B, Hq, N, D] of the newest "
+            "N tokens and [B, Hkv, T, D] of them all"
+        )
     batch, heads, count, dim = query.shape
-    check_cache(query.flatten(1, 2), keys, values)
     kv_heads = keys.shape[1]
+    check_cache(query[:, :, 0], keys, values)
     check_query(query[:, :, 0], kv_heads)
-    if not 0 < count <= keys.shape[2]:
-        raise ShapeError(f"{count} queries of the newest tokens; the cache holds {keys.shape[2]}")
     # one query after the other, as so many more heads that share a KV head
     together = query.unflatten(1, (kv_heads, -1)).transpose(2, 3).reshape(batch, heads * count, dim)
     check_query(together, kv_heads)
