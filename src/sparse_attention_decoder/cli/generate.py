@@ -104,14 +104,7 @@ def generate(
       sparse-decoder generate --file long.txt --max-cache-bytes 100MB "What happens in the end?"
     """
     text = _prompt(prompt, file)
-    if compare and (dense or compile_steps):
-        other = "--dense" if dense else "--compile"
-        raise InputError(f"{other} and --compare exclude each other: --compare runs dense and sparse, as they are")
-    if lossless and (dense or compare):
-        other = "--dense" if dense else "--compare"
-        raise InputError(
-            f"{other} and --lossless exclude each other: lossless decoding is dense decoding, in fewer passes"
-        )
+    _require_one_way(compare, dense, compile_steps, lossless)
     config = AttentionConfig(
         top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=dense_below_of(dense_below),
         kv_dtype=kv_dtype and kv_dtype.value, max_cache_tokens=max_cache_tokens,
@@ -123,6 +116,15 @@ def generate(
         return
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     _write(decoder, text, max_new_tokens, chat, sampling, lossless)
+
+
+def _require_one_way(compare: bool, dense: bool, compile_steps: bool, lossless: bool) -> None:
+    if compare and (dense or compile_steps):
+        other = "--dense" if dense else "--compile"
+        raise InputError(f"{other} and --compare exclude each other: --compare runs dense and sparse, as they are")
+    if lossless and (dense or compare):
+        other = "--dense" if dense else "--compare"
+        raise InputError(f"{other} and --lossless exclude each other: lossless decoding is dense, in fewer passes")
 
 
 def _write(

@@ -134,9 +134,7 @@ def sparse_attention_forward(
     Raises:
         UnsupportedError: a keyword that changes the scores, or keys that were made of those of a packed cache.
     """
-    for name in _MODIFIERS:
-        if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{type(module).__name__} passes {name}, which sparse attention does not support")
+    _refuse_modifiers(module, kwargs)
     if hasattr(key, STEP_TAG) and getattr(value, STEP_TAG, None) == getattr(key, STEP_TAG):
         return attend_traced(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     layer: SparseLayer | StaticSparseLayer | None = getattr(key, LAYER_TAG, None)
@@ -176,6 +174,12 @@ def sparse_attention_forward(
             layer.fit(query, _countable(query, key, attention_mask), scale)
         return output
     return layer.decode(query[:, :, 0].detach(), rows, scale).unsqueeze(1), None
+
+
+def _refuse_modifiers(module: nn.Module, given: dict[str, Any]) -> None:
+    for name in _MODIFIERS:
+        if given.get(name) is not None:
+            raise UnsupportedError(f"{type(module).__name__} passes {name}, which sparse attention does not support")
 
 
 def _require_numbers(module: nn.Module, key: Tensor, value: Tensor) -> None:

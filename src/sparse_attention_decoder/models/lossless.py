@@ -44,7 +44,7 @@ class Lossless:
     Args:
         drafts: tokens drafted before each dense pass, 1 to 15; None lets the number follow what is accepted and what
             steps and passes are measured to take, and drafts nothing where that would be slower.
-    tokens: decoded so far, the prompt's own pass not counted; passes: dense passes that it took.
+    tokens: decoded, the prompt's own pass not counted, added up over calls; passes: dense passes that it took.
     drafted, accepted: tokens proposed by sparse attention, and those of them that dense attention chose too.
     reason: why nothing is drafted at the moment; None while something is.
     Raises:
@@ -90,6 +90,8 @@ class Drafting:
     def __init__(self, lossless: Lossless, streamer: BaseStreamer | None = None) -> None:
         self._lossless, self._streamer = lossless, streamer
         self._pace = Pace(lossless.drafts)
+        # the first sparse step makes the index of the whole prompt: no measure of those to come
+        self._is_indexed = False
 
     def __call__(
         self,
@@ -151,8 +153,7 @@ class Drafting:
             ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], 1)
             probabilities.append(probability)
             chance *= self._pace.chance(probability)
-            # the very first makes the index of the whole prompt
-            if self._lossless.drafted or len(probabilities) > 1:
+            if self._is_indexed or len(probabilities) > 1:
                 self._pace.record_step(time.perf_counter() - begun)
         # what sparse steps wrote is not what dense ones would have: the pass over the draft writes it anew
         held.crop(-len(probabilities))
@@ -183,8 +184,9 @@ class Drafting:
         lossless.passes += 1
         lossless.drafted += len(probabilities)
         lossless.accepted += accepted
-        if probabilities:
+        if self._is_indexed and probabilities:
             self._pace.record_round(probabilities, accepted, seconds)
+        self._is_indexed |= bool(probabilities)
 
 
 def drafting(

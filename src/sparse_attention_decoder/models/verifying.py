@@ -64,7 +64,7 @@ def is_read_whole(cache: "SparseCache") -> bool:
 
 
 class RowsAlone(TorchFunctionMode):
-    """While it is entered, linear layers multiply each of several tokens as they multiply one alone, bit for bit.
+    """While it is entered, each of several tokens is multiplied, and attends in layers that are not ours, as if alone.
 
     One product of several rows adds up in another order than one of a single row, which is enough to turn a near tie.
     Packed weights need no help: ATen's kernels multiply row by row.
@@ -73,10 +73,8 @@ class RowsAlone(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """`linear` in place of PyTorch's, everything else as it is."""
-        if func is functional.linear:
-            func = linear
-        return func(*args, **(kwargs or {}))
+        """`linear` and `attend_shown` in place of PyTorch's, everything else as it is."""
+        return _ALONE.get(func, func)(*args, **(kwargs or {}))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -97,3 +95,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             # a product that starts from the bias is rounded otherwise than one to which it is added
             torch.baddbmm(bias[block].expand(count, 1, -1), rows, matrix, out=into)
     return output.view(*x.shape[:-1], len(weight))
+
+
+def attend_shown(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """PyTorch's attention, each query of [1, H, N, D] alone over what its mask shows it, from first to last.
+
+    Layers with a window or chunks: a step of one token gets just these, and no mask.
+    """
+    if attn_mask is None or attn_mask.dtype != torch.bool:
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask, **kwargs)
+    outputs = []
+    for row, shown in zip(query.split(1, 2), attn_mask[0, 0], strict=True):
+        places = shown.nonzero()
+        own = slice(int(places[0]), int(places[-1]) + 1)
+        outputs.append(functional.scaled_dot_product_attention(row, key[:, :, own], value[:, :, own], **kwargs))
+    return torch.cat(outputs, 2)
+
+
+_ALONE: dict[Callable[..., Any], Callable[..., Any]] = {
+    functional.linear: linear,
+    functional.scaled_dot_product_attention: attend_shown,
+}
