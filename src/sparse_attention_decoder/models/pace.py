@@ -8,12 +8,13 @@ _EDGES = (0.25, 0.5, 0.75, 0.95)
 _PRIOR = (5.0, 4.0)
 # older measurements fade by this factor
 _FADE = 0.9
-# rounds after which drafting has to have paid, and tokens that are decoded without before it is tried again, at first
-_TRIAL, _PAUSE = 4, 128
-# time per token, relative to that without drafts, from which drafting is given up
-_WORTH = 0.98
+# rounds after which drafting has to have paid, tokens drafted in each of them at least, and tokens that are decoded
+# without before it is tried again, the first time
+_TRIAL, _TRIED, _PAUSE = 4, 2, 256
+# time per token, relative to that without drafts, from which drafting is given up; and dense passes' time lost at most
+_WORTH, _LOSS = 0.98, 1.5
 # a token without a draft now and then, for what drafts are compared with grows with the context
-_CALIBRATION = 64
+_CALIBRATION = 128
 
 
 class Pace:
@@ -46,8 +47,10 @@ class Pace:
             return drafted < self._drafts
         if self._paused or self._alone is None or self._since >= _CALIBRATION:
             return False
+        if drafted < _TRIED and self._rounds < _TRIAL:
+            return True
         if self._step is None or self._further is None:
-            return drafted < 3
+            return False
         # what a token is worth is the time that it takes otherwise
         worth = self._alone if not self._rounds else min(self._alone, self._spent / self._gained)
         return chance * sum(self._hits) / sum(self._tries) * worth > self._step + self._further
@@ -64,10 +67,13 @@ class Pace:
     def record_pass(self, tokens: int, seconds: float) -> None:
         """A dense pass over so many tokens took so long."""
         if tokens == 1:
+            declined = not self._paused and self._rounds >= _TRIAL and self._since < _CALIBRATION
             # the first is slower: memory is touched for the first time
             self._alone = seconds if self._alone is None else min(seconds, _faded(self._alone, seconds))
             self._since = 0
             self._paused = max(0, self._paused - 1)
+            if declined:
+                self._rest()
         elif self._alone is not None:
             self._further = _faded(self._further, max(0.0, seconds - self._alone) / (tokens - 1))
 
@@ -80,11 +86,15 @@ class Pace:
         self._rounds += 1
         self._since += accepted + 1
         self._spent, self._gained = self._spent * _FADE + seconds, self._gained * _FADE + accepted + 1
-        if self._drafts is not None or self._alone is None or self._rounds < _TRIAL:
+        if self._drafts is not None or self._alone is None:
             return
-        if self._spent / self._gained > _WORTH * self._alone:
-            self._paused, self._pause = self._pause, 2 * self._pause
-            self._rounds, self._spent, self._gained = 0, 0.0, 0.0
+        has_lost = self._spent - self._gained * self._alone > _LOSS * self._alone
+        if has_lost or (self._rounds >= _TRIAL and self._spent > _WORTH * self._gained * self._alone):
+            self._rest()
+
+    def _rest(self) -> None:
+        self._paused, self._pause = self._pause, 2 * self._pause
+        self._rounds, self._spent, self._gained = 0, 0.0, 0.0
 
     def __str__(self) -> str:
         times = (self._step, self._alone, self._further)
