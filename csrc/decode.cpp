@@ -1,8 +1,9 @@
-// score, select, attend, and the step that does all three.
+// score, select, attend, the step that does all three, and verify.
 #include "kernels.h"
 #include "parallel.h"
 #include "attend.h"
 #include "sift.h"
+#include "verify.h"
 
 namespace {
 
@@ -273,4 +274,5 @@ int SAD_NAMED(score)(const sad_call* c) { return score(c); }
 int SAD_NAMED(select)(const sad_call* c) { return select(c); }
 int SAD_NAMED(attend)(const sad_call* c) { SAD_BY_TYPE(append_and_attend) }
 int SAD_NAMED(step)(const sad_call* c) { SAD_BY_TYPE(step) }
+int SAD_NAMED(verify)(const sad_call* c) { SAD_BY_TYPE(verify) }
 int SAD_NAMED(read)(const sad_call* c) { return read_all(c); }

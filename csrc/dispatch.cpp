@@ -10,12 +10,12 @@ namespace {
 
 struct Isa {
   const char* name;
-  sad_operation fit, encode, score, select, attend, step, read, pack;
+  sad_operation fit, encode, score, select, attend, step, read, pack, verify;
 };
 
 #define SAD_ISA_ROW(isa) \
   {#isa, sad_fit_##isa, sad_encode_##isa, sad_score_##isa, sad_select_##isa, sad_attend_##isa, sad_step_##isa, \
-   sad_read_##isa, sad_pack_##isa}
+   sad_read_##isa, sad_pack_##isa, sad_verify_##isa}
 
 // best first
 const Isa ISAS[] = {
@@ -112,4 +112,5 @@ int sad_attend(const sad_call* call) { return in_use->attend(call); }
 int sad_step(const sad_call* call) { return in_use->step(call); }
 int sad_read(const sad_call* call) { return in_use->read(call); }
 int sad_pack(const sad_call* call) { return in_use->pack(call); }
+int sad_verify(const sad_call* call) { return in_use->verify(call); }
 }

@@ -112,6 +112,9 @@ int sad_select(const sad_call* call);
 // append (where there is a new token), then query, keys and values at tokens -> output, lse; tokens null: all of
 // `length`, middle marking those that count
 int sad_attend(const sad_call* call);
+// query [B, Hkv, count, G, D], `group` being count * G: `count` queries of the newest tokens, each seeing what is before it
+// and itself -> output and lse in the same order
+int sad_verify(const sad_call* call);
 // append (where there is a new token), score, select and attend in one call; answers the largest of the counts
 int sad_step(const sad_call* call);
 // reads `count` bytes of `codes` in order, their XOR into counts[0]: the bandwidth that a scan is measured against

@@ -49,6 +49,20 @@ def test_generate_prints_the_text_and_nothing_else(directory: Path, capsys: pyte
     assert capsys.readouterr().out == expected + "\n"
 
 
+def test_lossless_prints_the_text_of_dense_decoding_and_what_it_took(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", TEXT, "-m", directory, "-n", 12, "--dense") == 0
+    dense = capsys.readouterr().out
+    assert run("generate", TEXT, "-m", directory, "-n", 12, "--lossless", *SPARSE) == 0
+    printed = capsys.readouterr()
+    assert printed.out == dense
+    assert "lossless: 11 tokens in" in printed.err
+    for other in ("--dense", "--compare"):
+        assert run("generate", TEXT, "-m", directory, "--lossless", other) == 1
+        assert f"{other} and --lossless" in capsys.readouterr().err
+
+
 def test_the_prompt_may_come_from_a_file_or_standard_input(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,7 +142,7 @@ def test_a_file_is_safetensors_with_a_name_for_everything(saved: Path) -> None:
     session = chatty().read(DOCUMENT)
     assert torch.equal(ids, session.ids)
     assert {f"1.{name}" for name in ("keys", "values", "codes", "factors", "mean", "deviation")} < names
-    assert about["format"] == "1" and AttentionConfig.from_json(about["attention"]) == BITING
+    assert about["format"] == "2" and AttentionConfig.from_json(about["attention"]) == BITING
     held = session.ids.shape[1] - 1
     assert torch.equal(keys[:, :, :held], session._cache.layers[1].keys)
     # what earlier questions left in memory stays there

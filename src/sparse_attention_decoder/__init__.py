@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sparse_attention_decoder.decoder import SparseAttention
     from sparse_attention_decoder.models.adapter import disable, enable
     from sparse_attention_decoder.models.cache import SparseCache
+    from sparse_attention_decoder.models.lossless import Lossless
     from sparse_attention_decoder.models.static import StaticSparseCache
     from sparse_attention_decoder.session import Session
 
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionConfig",
+    "Lossless",
     "Session",
     "SparseAttention",
     "SparseAttentionError",
@@ -28,6 +30,7 @@ __all__ = [
 
 # these import transformers, which takes seconds: only when first asked for
 _LAZY = {
+    "Lossless": "models.lossless",
     "Session": "session",
     "SparseAttention": "decoder",
     "SparseCache": "models.cache",

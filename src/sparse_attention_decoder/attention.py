@@ -52,6 +52,8 @@ class LayerState:
         self.witness: Witness | None = None
         self.watch(self.policy)
         self._kernels: Kernels | None = None
+        # while it is set, every step reads everything, and several tokens are attended as if each came alone
+        self.reads_all = False
 
     def watch(self, policy: type[Policy]) -> None:
         """See of the queries to come what this policy will need, whichever policy reads now."""
@@ -175,7 +177,7 @@ class LayerState:
 
     def dense_rows(self, rows: Rows) -> list[bool]:
         """Which rows are read whole: those within the budget or, if the policy evicts nothing, below the crossover."""
-        if self.policy.reads_everything:
+        if self.policy.reads_everything or self.reads_all:
             return [True] * len(rows.counts)
         if self.policy.evicts:
             return [count <= self.config.budget_tokens for count in rows.counts]

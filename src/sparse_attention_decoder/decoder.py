@@ -17,6 +17,7 @@ from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.frame import prompt_ids
 from sparse_attention_decoder.models.ids import check_ids
 from sparse_attention_decoder.models.loading import load
+from sparse_attention_decoder.models.lossless import Lossless, drafting
 from sparse_attention_decoder.models.reading import (
     DEFAULT_NEW_TOKENS,
     Progress,
@@ -28,7 +29,7 @@ from sparse_attention_decoder.models.static import StaticSparseCache
 from sparse_attention_decoder.models.stopping import StopWhen
 from sparse_attention_decoder.models.streaming import pieces
 from sparse_attention_decoder.session import Session
-from sparse_attention_decoder.trace import Trace, trace_layer
+from sparse_attention_decoder.trace import Trace, trace_text
 
 
 class SparseAttention(nn.Module):
@@ -111,18 +112,27 @@ class SparseAttention(nn.Module):
             self.check_ids(input_ids, cache.get_seq_length() if cache is not None else 0)
         return self.model(input_ids, **kwargs)
 
-    def generate(self, input_ids: Tensor | None = None, *, compile: bool = False, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        compile: bool = False,
+        lossless: bool | Lossless = False,
+        **kwargs: Any,
+    ) -> Any:
         """transformers' `generate`: sampling, beams, stopping criteria and streamers included.
 
         Args:
             compile: on a CPU, from now on decode steps run compiled, whatever the context; it takes about a minute
                 once for a model, and is kept on disk. On CUDA, decode on a StaticSparseCache with room for prompt and
                 max_new_tokens: transformers then compiles the step into one graph, for one answer a prompt.
+            lossless: draft sparsely, verify several tokens at once densely: tokens are those of dense decoding. A
+                `Lossless` says how, and afterwards what came of it. One row, by sampling or greedily.
         Raises:
             InputError: empty, not integer, out of vocabulary.
             ContextLengthError: prompt and max_new_tokens together exceed the model's context.
-            ConfigError: on CUDA, compile without ids or max_new_tokens, or with a cache.
-            BackendError: compile without a C++ compiler, or on CUDA without Triton.
+            ConfigError: on CUDA, compile without ids or max_new_tokens, or with a cache; lossless with a cap.
+            BackendError: compile without a C++ compiler, or on CUDA without Triton. UnsupportedError: see lossless.
         """
         settings = kwargs.get("generation_config")
         wanted = kwargs.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
@@ -132,10 +142,11 @@ class SparseAttention(nn.Module):
         if compile and self._compiles_ahead:
             compiled.install(self.model)
         elif compile:
-            if input_ids is None or not wanted or kwargs.get("past_key_values") is not None:
-                raise ConfigError("compile=True needs input_ids and max_new_tokens, and makes the cache itself")
+            if input_ids is None or not wanted or kwargs.get("past_key_values") is not None or lossless:
+                raise ConfigError("compile=True needs input_ids and max_new_tokens, no cache, and not lossless=True")
             mask = kwargs.get("attention_mask")
             kwargs["past_key_values"] = read_into_static(self.model, self.config, input_ids, mask, wanted)
+        kwargs = drafting(lossless, self.tokenizer, kwargs) if lossless else kwargs
         return self.model.generate(input_ids, **kwargs)
 
     @property
@@ -174,8 +185,7 @@ class SparseAttention(nn.Module):
             InputError, ContextLengthError: at the call, before any work.
         """
         ids, room = self._prepare(text, max_new_tokens, chat)
-        kwargs = {**kwargs, "attention_mask": torch.ones_like(ids), "max_new_tokens": room}
-        return self._stream(ids, on_prefill, kwargs)
+        return self._stream(ids, on_prefill, {**kwargs, "attention_mask": torch.ones_like(ids), "max_new_tokens": room})
 
     def prefill(
         self, input_ids: Tensor, on_progress: Progress | None = None, watched: Iterable[str] = ()
@@ -219,17 +229,7 @@ class SparseAttention(nn.Module):
         Raises:
             InputError: empty text, or no tokenizer. ContextLengthError: too long.
         """
-        ids = self.prompt_ids(text, chat)
-        self.check_ids(ids, 0)
-        cache = self.prefill(ids[:, :-1]) if ids.shape[1] > 1 else SparseCache(self.model.config, self.config)
-        with torch.no_grad(), compiled.set_aside(self.model):
-            self.model(ids[:, -1:], past_key_values=cache, use_cache=True)
-        tokens = tuple(self.require_tokenizer().decode([token]) for token in ids[0].tolist())
-        heads = []
-        for number, layer in enumerate(cache.layers):
-            if layer in cache.sparse_layers and layer.last is not None:
-                heads += trace_layer(number, layer.state, layer.last, tokens)
-        return Trace(tokens, tuple(heads))
+        return trace_text(self, text, chat)
 
     def prompt_ids(self, text: str, chat: bool | None = None) -> Tensor:
         """The ids [1, T] of a prompt, with the chat template where there is one (or as `chat` says).

@@ -1,13 +1,19 @@
 """Attention scores one can read: which tokens the last position attended to, and how much."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparse_attention_decoder.attention import Decoded, LayerState
 from sparse_attention_decoder.errors import UnsupportedError
+from sparse_attention_decoder.models import compiled
+from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.selection import Rows
+
+if TYPE_CHECKING:
+    from sparse_attention_decoder.decoder import SparseAttention
 
 
 @dataclass(frozen=True)
@@ -104,3 +110,19 @@ def trace_layer(
         texts = tuple(tokens[position] for position in positions.tolist())
         found.append(HeadTrace(number, head, positions.cpu(), weights.float().cpu(), texts, missing))
     return found
+
+
+@torch.no_grad()
+def trace_text(decoder: "SparseAttention", text: str, chat: bool) -> Trace:
+    """What `SparseAttention.trace` calls; see there."""
+    ids = decoder.prompt_ids(text, chat)
+    decoder.check_ids(ids, 0)
+    cache = decoder.prefill(ids[:, :-1]) if ids.shape[1] > 1 else SparseCache(decoder.model.config, decoder.config)
+    with compiled.set_aside(decoder.model):
+        decoder.model(ids[:, -1:], past_key_values=cache, use_cache=True)
+    tokens = tuple(decoder.require_tokenizer().decode([token]) for token in ids[0].tolist())
+    heads = []
+    for number, layer in enumerate(cache.layers):
+        if layer in cache.sparse_layers and layer.last is not None:
+            heads += trace_layer(number, layer.state, layer.last, tokens)
+    return Trace(tokens, tuple(heads))

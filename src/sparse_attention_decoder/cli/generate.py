@@ -84,6 +84,9 @@ def generate(
     max_cache_tokens: CacheTokensOption = None,
     max_cache_bytes: CacheBytesOption = None,
     dense: Annotated[bool, typer.Option("--dense", help="Read everything: the baseline.")] = False,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Draft sparsely, verify densely: the text is that of dense decoding.")
+    ] = False,
     compare: Annotated[
         bool,
         typer.Option(
@@ -106,8 +109,7 @@ def generate(
       sparse-decoder generate --file long.txt --max-cache-bytes 100MB "What happens in the end?"
     """
     text = _prompt(prompt, file)
-    if compare and dense:
-        raise InputError("--dense and --compare exclude each other: --compare runs dense and sparse")
+    _require_one_way(compare, dense, lossless)
     config = AttentionConfig(
         top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=dense_below_of(dense_below),
         kv_dtype=kv_dtype and kv_dtype.value, max_cache_tokens=max_cache_tokens,
@@ -118,13 +120,31 @@ def generate(
         _show(_compare(decoder, text, chat, max_new_tokens), ", compiled" if compile_steps else "")
         return
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    _write(decoder, text, max_new_tokens, chat, sampling)
+    _write(decoder, text, max_new_tokens, chat, sampling, lossless)
+
+
+def _require_one_way(compare: bool, dense: bool, lossless: bool) -> None:
+    if compare and dense:
+        raise InputError("--dense and --compare exclude each other: --compare runs dense and sparse")
+    if lossless and (dense or compare):
+        other = "--dense" if dense else "--compare"
+        raise InputError(f"{other} and --lossless exclude each other: lossless decoding is dense, in fewer passes")
 
 
 def _write(
-    decoder: "SparseAttention", text: str, max_new_tokens: int, chat: bool | None, sampling: dict[str, Any]
+    decoder: "SparseAttention",
+    text: str,
+    max_new_tokens: int,
+    chat: bool | None,
+    sampling: dict[str, Any],
+    lossless: bool,
 ) -> None:
+    from sparse_attention_decoder.models.lossless import Lossless
+
     cache = _cache(decoder)
+    drafting = Lossless() if lossless else None
+    if drafting is not None:
+        sampling = {**sampling, "lossless": drafting}
     with progress_bar("reading the prompt", "tokens") as on_prefill:
         pieces = decoder.stream(text, max_new_tokens, chat, on_prefill, past_key_values=cache, **sampling)
         first = next(pieces, "")
@@ -134,6 +154,8 @@ def _write(
     print()
     if decoder.config.is_capped:
         _show_held(cache.held)
+    if drafting is not None:
+        console.print(str(drafting), highlight=False)
 
 
 def demo(

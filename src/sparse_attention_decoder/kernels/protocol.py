@@ -118,6 +118,11 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Exact attention [B, Hq, Dv] over every token, `valid` [B, T] marking those that count: the dense baseline."""
 
+    def attend_causal(self, query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, scaling: float) -> Tensor:
+        """Exact attention [B, Hq, N, Dv] of the newest N tokens' queries, causal among themselves.
+
+        Each gets to the last bit what `attend_all` gives it alone."""
+
     def step(
         self,
         query: Tensor,

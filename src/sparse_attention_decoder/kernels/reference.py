@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_attention_decoder.errors import ShapeError
+from sparse_attention_decoder.kernels.causal import OneByOne
 from sparse_attention_decoder.kernels.packed import Packed, rotated, rows_at, settled
 from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Request
 from sparse_attention_decoder.kernels.rotation import rotate, unrotate, work_dtype
@@ -27,7 +28,7 @@ _LARGEST_FACTOR = 65504.0
 _PIECE = 1024
 
 
-class ReferenceKernels:
+class ReferenceKernels(OneByOne):
     """Plain PyTorch: slower than a fused kernel, right everywhere."""
 
     name = "reference"

@@ -22,6 +22,7 @@ from sparse_attention_decoder.models.cache import LAYER_TAG, STOCK_TAG, SparseCa
 from sparse_attention_decoder.models.packed import named_scales
 from sparse_attention_decoder.models.static import StaticSparseCache, StaticSparseLayer
 from sparse_attention_decoder.models.step import STEP_TAG, TracedCache, attend_traced
+from sparse_attention_decoder.models.verifying import attend_causally, takes_steps
 from sparse_attention_decoder.prefill import attend_chunk, takes_chunk
 from sparse_attention_decoder.selection import Rows
 
@@ -134,9 +135,7 @@ def sparse_attention_forward(
     Raises:
         UnsupportedError: a keyword that changes the scores, or keys that were made of those of a packed cache.
     """
-    for name in _MODIFIERS:
-        if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{type(module).__name__} passes {name}, which sparse attention does not support")
+    _refuse_modifiers(module, kwargs)
     if hasattr(key, STEP_TAG) and getattr(value, STEP_TAG, None) == getattr(key, STEP_TAG):
         return attend_traced(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     layer: SparseLayer | StaticSparseLayer | None = getattr(key, LAYER_TAG, None)
@@ -146,6 +145,8 @@ def sparse_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(layer, StaticSparseLayer):
         return _attend_static(module, query, layer, attention_mask, dropout, scale)
+    if layer is not None and query.shape[2] > 1 and takes_steps(layer.state, query.shape[2]):
+        return attend_causally(query.detach(), layer.state, scale).transpose(1, 2), None
     rows = None
     if query.shape[2] == 1 and dropout == 0.0:
         if query.requires_grad or key.requires_grad or value.requires_grad:
@@ -174,6 +175,12 @@ def sparse_attention_forward(
             layer.fit(query, _countable(query, key, attention_mask), scale)
         return output
     return layer.decode(query[:, :, 0].detach(), rows, scale).unsqueeze(1), None
+
+
+def _refuse_modifiers(module: nn.Module, given: dict[str, Any]) -> None:
+    for name in _MODIFIERS:
+        if given.get(name) is not None:
+            raise UnsupportedError(f"{type(module).__name__} passes {name}, which sparse attention does not support")
 
 
 def _require_numbers(module: nn.Module, key: Tensor, value: Tensor) -> None:

@@ -15,6 +15,7 @@ from sparse_attention_decoder.cache import Account, KVBuffer
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
 from sparse_attention_decoder.kernels import Packed
+from sparse_attention_decoder.models.verifying import takes_steps
 from sparse_attention_decoder.policies import resolve
 from sparse_attention_decoder.ready import Ready
 from sparse_attention_decoder.selection import Held, Reads, Rows
@@ -82,7 +83,8 @@ class SparseLayer(DynamicLayer):
         past, under_autograd = self.state.buffer.length, key_states.requires_grad or value_states.requires_grad
         self.append(key_states, value_states)
         buffer = self.state.buffer
-        self.hides = buffer.kv_dtype is not None and key_states.shape[2] == 1 and not under_autograd
+        steps = takes_steps(self.state, key_states.shape[2])
+        self.hides = buffer.kv_dtype is not None and steps and not under_autograd
         if self.hides:
             keys, values = _numbers_or_nan(buffer.keys), _numbers_or_nan(buffer.values)
         else:

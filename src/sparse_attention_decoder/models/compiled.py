@@ -24,6 +24,7 @@ from sparse_attention_decoder.errors import BackendError, CacheDirectoryError, U
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.kept import cache_directory
 from sparse_attention_decoder.models.step import TracedStep, running_on
+from sparse_attention_decoder.models.verifying import is_read_whole
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,9 @@ def _refuses(given: dict[str, Any]) -> str | None:
     """None for a decode step that is compiled; "" for what never is, or why this step is not."""
     ids, cache = given.get("input_ids"), given.get("past_key_values")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != 1 or not isinstance(cache, SparseCache):
+        return ""
+    if is_read_whole(cache):
+        # what decides about tokens runs as without compilation
         return ""
     if torch.is_grad_enabled():
         return "a decode step under autograd is not compiled; decode under torch.no_grad()"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import sparse_attention_decoder.kernels.cpu.operations as operations
-from sparse_attention_decoder.kernels.checks import MOST_DIM, serves
+from sparse_attention_decoder.kernels.checks import MOST_DIM, MOST_GROUP, serves
 from sparse_attention_decoder.kernels.cpu.library import DTYPES, isa, load
 from sparse_attention_decoder.kernels.cpu.ops import NAMESPACE
 from sparse_attention_decoder.kernels.packed import Packed
@@ -83,6 +83,13 @@ class CpuKernels(ReferenceKernels):
     ) -> Tensor:
         """Exact attention [B, Hq, Dv] over every token, `valid` [B, T] marking those that count."""
         return operations.attend_all(query, keys, values, valid, scaling)[0]
+
+    def attend_causal(self, query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, scaling: float) -> Tensor:
+        """Exact attention [B, Hq, N, Dv] of the newest N tokens; each query's bits are those of `attend_all`."""
+        # which tokens of a packed cache are whole differs from query to query
+        if isinstance(keys, Packed) or query.shape[1] * query.shape[2] > MOST_GROUP * keys.shape[1]:
+            return super().attend_causal(query, keys, values, scaling)
+        return operations.attend_causal(query, keys, values, scaling)
 
     def step(
         self,

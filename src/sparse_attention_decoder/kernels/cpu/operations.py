@@ -133,6 +133,29 @@ def attend_all(
     return _attend(query, keys, values, scaling, 0, 0, 0, _at(valid))
 
 
+def attend_causal(query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, scaling: float) -> Tensor:
+    """Attention [B, Hq, N, Dv] of the newest N tokens' queries [B, Hq, N, D], each to itself and what is before it."""
+    if query.ndim != 4 or keys.ndim != 4 or not 0 < query.shape[2] <= keys.shape[2]:
+        raise ShapeError(
+            f"queries have shape {tuple(query.shape)}, keys {tuple(keys.shape)}; expected [B, Hq, N, D] of the newest "
+            "N tokens and [B, Hkv, T, D] of them all"
+        )
+    batch, heads, count, dim = query.shape
+    kv_heads = keys.shape[1]
+    check_cache(query[:, :, 0], keys, values)
+    check_query(query[:, :, 0], kv_heads)
+    # one query after the other, as so many more heads that share a KV head
+    together = query.unflatten(1, (kv_heads, -1)).transpose(2, 3).reshape(batch, heads * count, dim)
+    check_query(together, kv_heads)
+    keys, values = _rows(keys), _rows(values)
+    output, lse = _results(together, values)
+    call(
+        "sad_verify", _query(together, kv_heads), cache_fields(keys, values), output=_at(output), lse=_at(lse),
+        scaling=scaling, count=count,
+    )  # fmt: skip
+    return output.view(batch, kv_heads, count, heads // kv_heads, -1).transpose(2, 3).flatten(1, 2)
+
+
 def step(
     query: Tensor,
     keys: Tensor | Packed,

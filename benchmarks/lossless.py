@@ -1,0 +1,149 @@
+"""Lossless decoding beside dense decoding on the same cache: identical tokens, speed, acceptance, tokens a dense pass.
+
+    python benchmarks/lossless.py --lengths 1024 4096 7000 --prompts 6 --tokens 200      # real texts, embedded model
+    python benchmarks/lossless.py --lengths 16384 32768 --prompts 2 --tokens 64           # beyond its context: filled
+    python benchmarks/lossless.py --weights int8 --compile --lengths 7000 16384
+
+Each prompt is read once; dense and lossless decoding then take turns on its cache, which is cut back after each, twice,
+and the index of the prompt is made anew each time. Prompts alternate between text to go on with and a question about it
+in the chat template. A length beyond the model's context is filled with repetitions of what was read: only its times
+mean something, and its acceptance is that of such a text. A JSON line a prompt, one a length.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_attention_decoder import AttentionConfig, Lossless, SparseAttention, SparseCache
+from sparse_attention_decoder.measure.machine import facts
+from sparse_attention_decoder.measure.texts import texts
+
+QUESTION = "\n\nWhat does the text above say about its most important term? Quote it."
+# of a context that is filled, so many tokens are read
+READ = 2048
+
+
+def main() -> None:
+    """Every prompt of every length, one JSON line each; then one a length."""
+    given = arguments()
+    torch.set_num_threads(given.threads)
+    config = AttentionConfig(kv_dtype=given.kv_dtype)
+    decoder = SparseAttention.from_pretrained(given.model, config, weights=given.weights, compile=given.compile)
+    machine, found = facts(), texts(given.text)
+    about = {
+        "model": given.model or "embedded", "weights": given.weights, "kv_dtype": given.kv_dtype,
+        "compile": given.compile, "drafts": given.drafts, "threads": given.threads, "tokens": given.tokens,
+        "cpu": machine["cpu"], "commit": machine["commit"],
+    }  # fmt: skip
+    context = decoder.context_length or max(given.lengths) + given.tokens
+    # longer ones are filled, and not to be refused
+    decoder.model.config.max_position_embeddings = max(context, *(length + given.tokens for length in given.lengths))
+    for length in given.lengths:
+        lines, real = [], length if length + given.tokens <= context else READ
+        for number in range(given.prompts):
+            ids, cache = prepared(decoder, list(found.values())[number // 2 % len(found)], number, real, length)
+            cache.reserve(length + given.tokens)
+            line = {"context": length, "prompt": number, "filled": real < length}
+            line |= compared(decoder, ids, cache, given)
+            lines.append(line)
+            record(given.out, about | line)
+        record(given.out, about | summary(length, lines))
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 7000])
+    parser.add_argument("--prompts", type=int, default=4, help="of each length")
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--turns", type=int, default=2, help="of each side, for times")
+    parser.add_argument("--drafts", type=int, help="always so many; else as many as pay")
+    parser.add_argument("--sample", type=float, help="sample at this temperature, with the same seed on both sides")
+    parser.add_argument("--model")
+    parser.add_argument("--weights")
+    parser.add_argument("--kv-dtype")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--text", type=Path, nargs="*", default=[])
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    given = parser.parse_args()
+    return given
+
+
+def prepared(decoder: SparseAttention, text: str, number: int, real: int, length: int) -> tuple[Tensor, SparseCache]:
+    """Ids [1, about length] of a prompt, `real` of them its own, and a cache of all but the last two."""
+    encode = decoder.require_tokenizer()
+    start = (2 * number + 1) * len(text) // 97 % (len(text) // 2)
+    chat = number % 2 == 1 and getattr(encode, "chat_template", None) is not None
+    ids = encode(text[start : start + 8 * real], return_tensors="pt").input_ids[:, :real]
+    if chat:
+        ids = decoder.prompt_ids(encode.decode(ids[0, : real - 64]) + QUESTION, chat=True)[:, -real:]
+    with torch.inference_mode():
+        cache = decoder.prefill(ids[:, :-2])
+        for layer in cache.sparse_layers:
+            keys, values = (x.clone() for x in layer.plain())
+            while layer.state.buffer.length + keys.shape[2] <= length - 2:
+                layer.state.append(keys, values)
+    again = -(-cache.get_seq_length() // (ids.shape[1] - 2))
+    return torch.cat([ids[:, :-2].repeat(1, again), ids[:, -2:]], 1), cache
+
+
+def compared(decoder: SparseAttention, ids: Tensor, cache: SparseCache, given: argparse.Namespace) -> dict[str, Any]:
+    """Both ways in turns: seconds of each, what they agree on, what drafting came to."""
+    seconds: dict[str, list[float]] = {"dense": [], "lossless": []}
+    outputs: dict[str, list[int]] = {}
+    drafting = Lossless(given.drafts)
+    length, choosing = cache.get_seq_length(), {"do_sample": given.sample is not None}
+    if given.sample is not None:
+        choosing["temperature"] = given.sample
+    for _ in range(given.turns):
+        for side in seconds:
+            config = replace(decoder.config, policy="dense") if side == "dense" else decoder.config
+            own, drafting = cache.reconfigured(config), Lossless(given.drafts)
+            torch.manual_seed(0)
+            begun = time.perf_counter()
+            output = decoder.generate(
+                ids, attention_mask=torch.ones_like(ids), past_key_values=own, max_new_tokens=given.tokens,
+                min_new_tokens=given.tokens, lossless=drafting if side == "lossless" else False, **choosing,
+            )  # fmt: skip
+            seconds[side].append(time.perf_counter() - begun)
+            own.crop(length - own.get_seq_length())
+            outputs.setdefault(side, output[0, ids.shape[1] :].tolist())
+    same = [ours == theirs for ours, theirs in zip(outputs["lossless"], outputs["dense"], strict=True)]
+    best = {side: min(times) for side, times in seconds.items()}
+    return {
+        "context_read": ids.shape[1], "agreeing": [*same, False].index(False), "of": len(same),
+        "dense_ms": best["dense"] / given.tokens * 1e3, "lossless_ms": best["lossless"] / given.tokens * 1e3,
+        "speedup": best["dense"] / best["lossless"], "acceptance": drafting.acceptance, "drafted": drafting.drafted,
+        "tokens_per_pass": drafting.tokens_per_pass, "reason": drafting.reason,
+    }  # fmt: skip
+
+
+def summary(length: int, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of all prompts of a length."""
+    speedups = sorted(line["speedup"] for line in lines)
+    return {
+        "context": length, "prompts": len(lines), "identical": sum(line["agreeing"] == line["of"] for line in lines),
+        "tokens_compared": sum(line["of"] for line in lines), "speedup_median": statistics.median(speedups),
+        "speedup_least": speedups[0], "speedup_most": speedups[-1],
+        "acceptance": statistics.mean(line["acceptance"] for line in lines),
+        "tokens_per_pass": statistics.mean(line["tokens_per_pass"] for line in lines),
+    }  # fmt: skip
+
+
+def record(place: Path, line: dict[str, Any]) -> None:
+    """Show a line and append it."""
+    print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()}))
+    with place.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
