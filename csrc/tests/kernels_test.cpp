@@ -178,6 +178,27 @@ void check_attend(Case& c) {
   check_attention(c, Listed(UNITS), "attend to none");
 }
 
+// the heads of a group as so many queries of one head: each gets what it gets alone, to the last bit
+void check_verify(Case& c) {
+  if (c.length < c.group) return;
+  const int64_t element = c.query_type == SAD_FLOAT32 ? 4 : 2, size = c.value_dim * element;
+  sad_call call = c.call;
+  call.count = c.group, call.tokens = nullptr, call.middle = nullptr;
+  expect(sad_verify(&call) == SAD_OK, "verify fails");
+  Block<float> output(UNITS * c.value_dim), lse(UNITS);
+  call.group = call.count = 1, call.query_head *= c.group, call.output = output.data, call.lse = lse.data;
+  for (int64_t n = 0; n < c.group; n++) {
+    call.length = c.length - c.group + 1 + n;
+    call.query = static_cast<const char*>(c.call.query) + n * c.call.query_head * element;
+    expect(sad_attend(&call) == SAD_OK, "attend fails");
+    for (int64_t unit = 0; unit < UNITS; unit++) {
+      const char* found = static_cast<const char*>(c.call.output) + (unit * c.group + n) * size;
+      expect(!memcmp(found, reinterpret_cast<const char*>(output.data) + unit * size, size_t(size)), "verify: output");
+      expect(c.lse.data[unit * c.group + n] == lse.data[unit], "verify: lse");
+    }
+  }
+}
+
 void check_select(Case& c, sad_call call) {
   for (int64_t i = 0; i < UNITS * c.group; i++) c.near_lse.data[i] = upto(9) ? float(number()) : -INFINITY;
   expect(sad_select(&call) == SAD_OK, "select fails");
@@ -306,6 +327,7 @@ void check(Case& c) {
   const int64_t width = c.high - c.low;
   check_coding(c);
   check_attend(c);
+  check_verify(c);
   check_score(c);
   for (int64_t i = 0; i < c.middle.count; i++) c.middle.data[i] = upto(2) > 0 && c.length % 7;
   for (int64_t i = 0; i < c.near_valid.count; i++) c.near_valid.data[i] = upto(3) > 0;

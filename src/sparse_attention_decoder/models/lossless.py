@@ -256,9 +256,9 @@ def _checked(ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
         raise ConfigError(
             f'policy {held.config.policy!r} evicts, and dense attention cannot verify what is gone; use "sketch"'
         )
-    # a sliding layer records what it drops meanwhile
-    goes_back = [getattr(layer, "is_croppable", False) or getattr(layer, "is_sliding", False) for layer in held.layers]
-    stuck = sorted({type(layer).__name__ for layer, able in zip(held.layers, goes_back, strict=True) if not able})
+    # windows go back while their past is recorded
+    others = [layer for layer in held.layers if not (layer.is_croppable or getattr(layer, "is_sliding", False))]
+    stuck = sorted({type(layer).__name__ for layer in others})
     if stuck:
         raise UnsupportedError(f"lossless=True has to take back drafts, which {', '.join(stuck)} cannot")
     if model_kwargs.get("attention_mask") is not None:
