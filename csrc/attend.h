@@ -46,7 +46,7 @@ void attend_chosen(const sad_call* c, Unit u, Work* w, int64_t piece, int64_t pi
   const int64_t end = w->chosen * (piece + 1) / pieces;
   auto next = [&]() -> int64_t { return at < end ? w->list[at++] : -1; };
   add_tokens(held_keys<T>(c, u), held_values<T>(c, u), next, w->query, int(c->group), int(c->dim), int(c->value_dim),
-             float(c->scaling), part);
+             float(c->scaling), part, c->sampled ? w->room + at : nullptr);
   if (!last(w)) return;
   // in order, whoever comes last: the result does not depend on which thread that is
   const Part all = part_at(w->part, c->group);

@@ -75,6 +75,10 @@ typedef struct {
   uint16_t* value_scales;
   int64_t value_scale_row, value_scale_head;
   const float* value_rotation;
+  // step: 1 to read, beside the tokens above the threshold, one of the rest for every `threshold` of attention; and what is
+  // added to the logits of chosen tokens for it [B, Hkv, tokens_room] float32, or null
+  int64_t sampled;
+  float* log_weights;
 } sad_call;
 
 // torch_parallel_for of libtorch_cpu: runs work(begin, end, context) on torch's own threads

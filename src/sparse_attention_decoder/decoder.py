@@ -11,20 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, InputError
-from sparse_attention_decoder.models import compiled
+from sparse_attention_decoder.models import compiled, reading
 from sparse_attention_decoder.models.adapter import enable
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.frame import prompt_ids
 from sparse_attention_decoder.models.ids import check_ids
 from sparse_attention_decoder.models.loading import load
-from sparse_attention_decoder.models.reading import (
-    DEFAULT_NEW_TOKENS,
-    Progress,
-    chunking,
-    read_into,
-    read_into_static,
-)
+from sparse_attention_decoder.models.reading import DEFAULT_NEW_TOKENS, Progress
 from sparse_attention_decoder.models.static import StaticSparseCache
+from sparse_attention_decoder.models.statistics import with_statistics
 from sparse_attention_decoder.models.stopping import StopWhen
 from sparse_attention_decoder.models.streaming import pieces
 from sparse_attention_decoder.session import Session
@@ -63,9 +58,8 @@ class SparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         model, found = load(model, weights=weights)
-        tokenizer = tokenizer or found
         self.config = config or AttentionConfig()
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer or found
         self.model = enable(model, self.config)
         if compile:
             compiled.install(self.model)
@@ -111,32 +105,38 @@ class SparseAttention(nn.Module):
             self.check_ids(input_ids, cache.get_seq_length() if cache is not None else 0)
         return self.model(input_ids, **kwargs)
 
-    def generate(self, input_ids: Tensor | None = None, *, compile: bool = False, **kwargs: Any) -> Any:
+    def generate(
+        self, input_ids: Tensor | None = None, *, compile: bool = False, return_stats: bool = False, **kwargs: Any
+    ) -> Any:
         """transformers' `generate`: sampling, beams, stopping criteria and streamers included.
 
         Args:
             compile: on a CPU, from now on decode steps run compiled, whatever the context; it takes about a minute
                 once for a model, and is kept on disk. On CUDA, decode on a StaticSparseCache with room for prompt and
                 max_new_tokens: transformers then compiles the step into one graph, for one answer a prompt.
+            return_stats: return (output, `models.statistics.Statistics` of the decode steps).
         Raises:
-            InputError: empty, not integer, out of vocabulary.
-            ContextLengthError: prompt and max_new_tokens together exceed the model's context.
-            ConfigError: on CUDA, compile without ids or max_new_tokens, or with a cache.
+            InputError: empty, not integer, out of vocabulary. ContextLengthError: too long with max_new_tokens.
+            ConfigError: on CUDA, compile without ids or max_new_tokens, or with a cache or return_stats.
             BackendError: compile without a C++ compiler, or on CUDA without Triton.
         """
-        settings = kwargs.get("generation_config")
-        wanted = kwargs.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
+        if return_stats:
+            return with_statistics(self.generate, self._fresh, input_ids=input_ids, compile=compile, **kwargs)
+        wanted = kwargs.get("max_new_tokens") or getattr(kwargs.get("generation_config"), "max_new_tokens", None) or 0
         if input_ids is not None:
             self.check_ids(input_ids, 0, wanted)
-            kwargs = {**chunking(self.config, input_ids.shape[1]), **kwargs}
+            kwargs = {**reading.chunking(self.config, input_ids.shape[1]), **kwargs}
         if compile and self._compiles_ahead:
             compiled.install(self.model)
         elif compile:
             if input_ids is None or not wanted or kwargs.get("past_key_values") is not None:
-                raise ConfigError("compile=True needs input_ids and max_new_tokens, and makes the cache itself")
+                raise ConfigError("compile=True needs ids and max_new_tokens; it makes a cache without statistics")
             mask = kwargs.get("attention_mask")
-            kwargs["past_key_values"] = read_into_static(self.model, self.config, input_ids, mask, wanted)
+            kwargs["past_key_values"] = reading.read_into_static(self.model, self.config, input_ids, mask, wanted)
         return self.model.generate(input_ids, **kwargs)
+
+    def _fresh(self) -> SparseCache:
+        return SparseCache(self.model.config, self.config)
 
     @property
     def _compiles_ahead(self) -> bool:
@@ -188,7 +188,7 @@ class SparseAttention(nn.Module):
         Raises:
             InputError: empty, not integer, out of vocabulary. ContextLengthError: too long.
         """
-        cache = SparseCache(self.model.config, self.config)
+        cache = self._fresh()
         cache.watch(watched)
         self.read_into(input_ids, cache, on_progress)
         return cache
@@ -196,7 +196,7 @@ class SparseAttention(nn.Module):
     def read_into(self, ids: Tensor, cache: SparseCache | StaticSparseCache, on_progress: Progress | None) -> None:
         """Read ids [B, T] behind what a cache holds, densely, a chunk at a time; `on_progress` as in `prefill`."""
         self.check_ids(ids, 0)
-        read_into(self.model, ids, cache, on_progress)
+        reading.read_into(self.model, ids, cache, on_progress)
 
     def read(self, document: str | Tensor | None, on_progress: Progress | None = None) -> Session:
         """Read a document once, to ask about it many times; see `Session`.
@@ -221,7 +221,7 @@ class SparseAttention(nn.Module):
         """
         ids = self.prompt_ids(text, chat)
         self.check_ids(ids, 0)
-        cache = self.prefill(ids[:, :-1]) if ids.shape[1] > 1 else SparseCache(self.model.config, self.config)
+        cache = self.prefill(ids[:, :-1]) if ids.shape[1] > 1 else self._fresh()
         with torch.no_grad():
             self.model(ids[:, -1:], past_key_values=cache, use_cache=True)
         tokens = tuple(self.require_tokenizer().decode([token]) for token in ids[0].tolist())
@@ -281,12 +281,12 @@ class SparseAttention(nn.Module):
             if kwargs.get("compile") and not self._compiles_ahead:
                 del kwargs["compile"]
                 progress = None if on_prefill is None else report
-                kwargs["past_key_values"] = read_into_static(
+                kwargs["past_key_values"] = reading.read_into_static(
                     self.model, self.config, ids, None, kwargs["max_new_tokens"], progress
                 )
             elif on_prefill is not None and ids.shape[1] > 2:
                 # two tokens are left to generate: one alone would be a decode step, and read sparsely
-                cache = kwargs.setdefault("past_key_values", SparseCache(self.model.config, self.config))
+                cache = kwargs.setdefault("past_key_values", self._fresh())
                 if cache.get_seq_length() == 0:
                     self.read_into(ids[:, :-2], cache, report)
             self.generate(ids, streamer=streamer, stopping_criteria=[*criteria, stop], **kwargs)

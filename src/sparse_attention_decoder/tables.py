@@ -27,6 +27,13 @@ BACKENDS = {
 # kv_dtype -> bits in which a channel of keys and values is kept
 KV_BITS = {"int8": 8, "int4": 4}
 
+# quality -> what it sets; chosen by benchmarks/dial.py
+QUALITIES: dict[str, dict[str, float]] = {
+    "fast": {"threshold": 3e-4, "attention_window": 64},
+    "balanced": {"threshold": 3e-5, "attention_window": 256},
+    "firm": {"threshold": 1e-5, "attention_window": 256},
+}
+
 
 def load(row: str) -> Any:
     """Import the class that a table row names."""

@@ -105,6 +105,11 @@ class KVBuffer:
         return sum(stored_bytes(x.shape[-1], self.kv_dtype, self._dtype) for x in (self.keys, self.values))
 
     @property
+    def key_bytes(self) -> int:
+        """Bytes of one token's key in one head, as it is kept."""
+        return stored_bytes(self.keys.shape[-1], self.kv_dtype, self._dtype)
+
+    @property
     def plain_token_bytes(self) -> int:
         """The same in the dtype they came in."""
         return sum(stored_bytes(x.shape[-1], None, self._dtype) for x in (self.keys, self.values))

@@ -133,6 +133,8 @@ def _own_label(config: AttentionConfig) -> str:
     if _chosen(config) == _chosen(plain):
         return "sketch, the default"
     budget = f"above {config.threshold:g}" if config.threshold else str(config.top_k)
+    if config.missing_mass is not None:
+        budget = f"missing {config.missing_mass:.3g}"
     if config.policy in ("window", "streaming"):
         budget = str(config.attention_window)
     elif not thresholds(config.policy):
@@ -161,7 +163,7 @@ def as_cell(config: AttentionConfig) -> Row:
 
     What was added since the first records is in the cell where it is used: cells without it keep their names.
     """
-    later = ("kv_dtype", "max_cache_tokens", "max_cache_bytes")
+    later = ("kv_dtype", "max_cache_tokens", "max_cache_bytes", "missing_mass", "quality")
     return {
         name: value
         for name, value in asdict(config).items()
@@ -170,7 +172,9 @@ def as_cell(config: AttentionConfig) -> Row:
 
 
 def _chosen(config: AttentionConfig) -> tuple[Any, ...]:
-    return config.policy, config.top_k, config.threshold, config.attention_window, config.sink_tokens
+    return (
+        config.policy, config.top_k, config.threshold, config.attention_window, config.sink_tokens, config.missing_mass,
+    )  # fmt: skip
 
 
 def _key(kind: str, cell: Row) -> str:

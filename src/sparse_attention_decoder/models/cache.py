@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from sparse_attention_decoder.attention import Decoded, LayerState, decode_step
 from sparse_attention_decoder.cache import Account, KVBuffer
 from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.dial import Dial
 from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
 from sparse_attention_decoder.kernels import Packed
 from sparse_attention_decoder.policies import resolve
@@ -33,9 +34,9 @@ class SparseLayer(DynamicLayer):
     included, and what cannot do that shows at once.
     """
 
-    def __init__(self, config: AttentionConfig, account: Account | None = None) -> None:
+    def __init__(self, config: AttentionConfig, account: Account | None = None, dial: Dial | None = None) -> None:
         super().__init__()
-        self.state = LayerState(config, account)
+        self.state = LayerState(config, account, dial)
         # with a cap a rollback may come after what it would need has been evicted
         self.is_croppable = not config.is_capped
         # whether the newest views are NaN in place of the history
@@ -156,7 +157,9 @@ class SparseLayer(DynamicLayer):
 
     prefetch = offload
 
-    def reconfigured(self, config: AttentionConfig, account: Account | None = None) -> "SparseLayer":
+    def reconfigured(
+        self, config: AttentionConfig, account: Account | None = None, dial: Dial | None = None
+    ) -> "SparseLayer":
         """A layer over the same buffer that reads it as `config` says, with what the prompt's witness saw.
 
         Raises:
@@ -167,7 +170,7 @@ class SparseLayer(DynamicLayer):
                 f"kv_dtype {config.kv_dtype!r} cannot read a cache of kv_dtype {self.state.config.kv_dtype!r}; "
                 "read the prompt anew under that config"
             )
-        other = SparseLayer(config, account)
+        other = SparseLayer(config, account, dial)
         if self.state.witness is not None:
             # shallow: from here on each sees its own steps
             other.state.witness = copy.copy(self.state.witness)
@@ -201,9 +204,10 @@ class SparseCache(DynamicCache):
     def __init__(self, model_config: PreTrainedConfig, config: AttentionConfig) -> None:
         super().__init__(config=model_config)
         ours = [type(layer) is DynamicLayer for layer in self.layers]
-        self._account = Account(sum(ours))
+        self._account, dial = Account(sum(ours)), Dial.of(config)
         self.layers: list[Any] = [
-            SparseLayer(config, self._account) if own else layer for own, layer in zip(ours, self.layers, strict=True)
+            SparseLayer(config, self._account, dial) if own else layer
+            for own, layer in zip(ours, self.layers, strict=True)
         ]
         self.config = config
 
@@ -246,9 +250,9 @@ class SparseCache(DynamicCache):
         """
         other = copy.copy(self)
         other.config = config
-        other._account = Account(len(self.sparse_layers))
+        other._account, dial = Account(len(self.sparse_layers)), Dial.of(config)
         other.layers = [
-            layer.reconfigured(config, other._account) if isinstance(layer, SparseLayer) else layer
+            layer.reconfigured(config, other._account, dial) if isinstance(layer, SparseLayer) else layer
             for layer in self.layers
         ]
         return other

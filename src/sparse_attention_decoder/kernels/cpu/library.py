@@ -81,6 +81,8 @@ _FIELDS = [
     "value_scale_row",
     "value_scale_head",
     "value_rotation",
+    "sampled",
+    "log_weights",
 ]
 _LAYOUT = Struct("=" + "".join("d" if name in ("threshold", "scaling") else "q" for name in _FIELDS))
 _NOTHING: dict[str, float] = dict.fromkeys(_FIELDS, 0)
