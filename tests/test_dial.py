@@ -18,6 +18,7 @@ from sparse_attention_decoder.cache.static import StaticTokens
 from sparse_attention_decoder.dial import AUDIT_EVERY, Dial, LayerDial, Ratio
 from sparse_attention_decoder.errors import ConfigError, UnsupportedError
 from sparse_attention_decoder.ledger import StepReads
+from sparse_attention_decoder.models.bookmark import Bookmark
 from sparse_attention_decoder.models.statistics import Statistics, record
 from sparse_attention_decoder.selection import Rows, Selection
 from sparse_attention_decoder.tables import POLICIES, QUALITIES
@@ -185,6 +186,29 @@ def test_a_crop_and_other_rows_leave_the_loop_where_it_is_and_a_reset_starts_it_
     assert cache.reconfigured(cache.config).sparse_layers[0].state.dial.threshold == cache.config.threshold
     cache.reset()
     assert dials[0].threshold == cache.config.threshold
+
+
+def test_a_bookmark_brings_the_loop_back_to_where_it_stood():
+    model, ids = enable(tiny.build(), DIALLED), tiny.prompt(1, 60)
+    cache = SparseCache(model.config, DIALLED)
+
+    def steps() -> list[float]:
+        seen = []
+        for _ in range(4):
+            model(ids[:, :1], past_key_values=cache)
+            seen.append(cache.sparse_layers[1].state.dial.threshold)
+        return seen
+
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+        mark, first = Bookmark(cache), steps()
+        mark.go_back()
+        assert steps() == first
+        mark.go_back()
+        assert steps() == first
+    dials = [layer.state.dial for layer in cache.sparse_layers]
+    assert dials[0] is not dials[1] and dials[0].threshold == dials[1].threshold
 
 
 # --- what is counted

@@ -27,6 +27,7 @@ from sparse_attention_decoder.kernels import Request, resolve
 from sparse_attention_decoder.kernels.choice import sample_tail
 from sparse_attention_decoder.kernels.cpu import CpuKernels
 from sparse_attention_decoder.selection import Rows, Selection
+from sparse_attention_decoder.trace import trace_layer
 
 SINKS, WINDOW, SCALING = 2, 6, 0.25
 pytestmark = pytest.mark.usefixtures("poison")
@@ -165,6 +166,17 @@ def test_rows_of_a_batch_read_what_they_would_read_alone():
     together = decode_step(query, layer_of("auto", keys, values), Rows.from_mask(mask), SCALING)
     alone = decode_step(query[1:], layer_of("auto", keys[1:, :, 69:], values[1:, :, 69:]), Rows.full(1, 131), SCALING)
     assert_error_within(together.output[1:], alone.output.double(), 1e-5)
+
+
+def test_a_trace_shows_the_weights_that_the_step_gave():
+    """Its scores, times the values, are the step's output."""
+    keys, values, query = skewed_keys(1, 1, 2, 200, 16), randn(2, 1, 2, 200, 16), randn(3, 1, 6, 16)
+    layer, rows = layer_of("auto", keys, values), Rows.full(1, 200)
+    decoded = decode_step(query, layer, rows, SCALING)
+    found = trace_layer(0, layer, (query, rows, SCALING, decoded), ("x",) * 200)
+    for head, entry in enumerate(found):
+        output = entry.weights.double() @ values[0, head, entry.positions].double()
+        assert_error_within(decoded.output[0].unflatten(0, (2, 3))[head], output, 1e-5)
 
 
 def test_without_a_sample_nothing_has_a_weight():

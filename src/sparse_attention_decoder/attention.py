@@ -97,7 +97,8 @@ class LayerState:
         """The backend that serves this layer's dtype, device and head size."""
         if self._kernels is None:
             keys, values = self.buffer.keys, self.buffer.values
-            kv_dtype, sampled = self.buffer.kv_dtype, self.config.sample_tail
+            kv_dtype = self.buffer.kv_dtype
+            sampled = self.config.sample_tail and self.config.policy == "sketch"
             request = Request(keys.device, keys.dtype, keys.shape[-1], values.shape[-1], kv_dtype, sampled)
             self._kernels = resolve(self.config.backend, request)
         return self._kernels

@@ -18,11 +18,11 @@ from sparse_attention_decoder.selection import Selection
 # policies that say how much attention they miss
 ESTIMATING = ("sketch", "oracle")
 # one layer is audited every so many steps, the layers in turn
-AUDIT_EVERY = 4
+AUDIT_EVERY = 8
 # the first sparse step audits one layer in so many, to begin with a factor of this text
 FIRST_AUDITS = 5
 # what audits found before any were made, and how many of them that counts as; for all layers, and for one
-_PRIOR, _PRIOR_WEIGHT, _LAYER_WEIGHT = 1.2, 1.0, 4.0
+_PRIOR, _PRIOR_WEIGHT, _LAYER_WEIGHT = 1.0, 1.0, 4.0
 # audits remembered, about: of all layers, and of one
 _MEMORY, _LAYER_MEMORY = 128, 32
 # share of the relative error that a step mends in the logarithm of the threshold, and the largest error it believes

@@ -145,6 +145,13 @@ class Selection:
         """[B, Hkv, K] bool, True where an entry of `tokens` is chosen."""
         return torch.arange(self.tokens.shape[-1], device=self.tokens.device) < self.counts.unsqueeze(-1)
 
+    def weigh(self, logits: Tensor) -> Tensor:
+        """Logits [B, Hkv, G, N] of sinks, window and the chosen tokens in that order, with log_weights added."""
+        if self.log_weights is None:
+            return logits
+        near = logits.shape[-1] - self.tokens.shape[-1]
+        return logits + torch.nn.functional.pad(self.log_weights, (near, 0)).unsqueeze(2)
+
     @classmethod
     def empty(cls, batch: int, kv_heads: int, device: torch.device) -> "Selection":
         """Nothing chosen: only sinks and window will be read."""

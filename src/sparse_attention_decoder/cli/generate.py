@@ -106,7 +106,7 @@ def generate(
 
       cat report.txt | sparse-decoder generate --raw -n 64 --compare
 
-      sparse-decoder generate --file long.txt --quality fast --stats steps.jsonl "What happens in the end?"
+      sparse-decoder generate --file long.txt --max-cache-bytes 100MB "What happens in the end?"
     """
     text = _prompt(prompt, file)
     if compare and (dense or compile_steps or stats):

@@ -238,9 +238,7 @@ class ReferenceKernels:
         if sampled and threshold > 0:
             selection = sample_tail(shares_of(logits, near_lse, regions.middle), selection, regions.low, threshold)
         tokens, valid = regions.with_chosen(selection)
-        logits = self.exact_logits(query, keys, tokens, scaling)
-        if selection.log_weights is not None:
-            logits = logits + torch.nn.functional.pad(selection.log_weights, (near.shape[2], 0)).unsqueeze(2)
+        logits = selection.weigh(self.exact_logits(query, keys, tokens, scaling))
         output, lse = _average(logits, values, tokens, valid)
         return output.to(query.dtype), lse, selection
 

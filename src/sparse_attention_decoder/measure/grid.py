@@ -18,8 +18,8 @@ def configs(policies: Iterable[str], budgets: Iterable[str], window: int | None 
     Args:
         policies: names of `tables.POLICIES`.
         budgets: each `default` (the thresholds of `AttentionConfig()`), a number of tokens such as `256`, a threshold
-            such as `1e-4`, a missing attention mass such as `3%`, or a name of `tables.QUALITIES`. A policy without
-            a threshold takes the numbers alone.
+            such as `1e-4`, a name of `tables.QUALITIES`, or a missing attention mass for `balanced` to hold, such as
+            `5%`. A policy without a threshold takes the numbers alone.
         window: newest tokens always read; the default's if left out.
     Raises:
         InputError: an unknown policy, or a budget that is none of these.
@@ -41,7 +41,7 @@ def _configs(policy: str, budget: str, window: int | None) -> Iterator[Attention
         return
     if budget in QUALITIES or budget.endswith("%"):
         if thresholds(policy):
-            yield _dialled(policy, budget, near)
+            yield _dialled(policy, budget)
         return
     top_k, threshold = _budget(budget)
     if threshold is not None:
@@ -53,16 +53,15 @@ def _configs(policy: str, budget: str, window: int | None) -> Iterator[Attention
         yield AttentionConfig(top_k, None, near, policy=policy, dense_below=0)
 
 
-def _dialled(policy: str, budget: str, near: int) -> AttentionConfig:
-    plain = AttentionConfig()
+def _dialled(policy: str, budget: str) -> AttentionConfig:
+    """A preset, which has a window of its own; with a missing mass to hold, that of `balanced`."""
     if budget in QUALITIES:
-        # a preset has a window of its own
         return AttentionConfig(policy=policy, quality=budget, dense_below=0)
     try:
         missing = float(budget.removesuffix("%")) / 100
     except ValueError:
-        raise InputError(f"budget {budget!r} is none; a missing attention mass is written such as 3%") from None
-    return AttentionConfig(plain.top_k, plain.threshold, near, policy=policy, dense_below=0, missing_mass=missing)
+        raise InputError(f"budget {budget!r} is none; a missing attention mass is written such as 5%") from None
+    return AttentionConfig(policy=policy, quality="balanced", dense_below=0, missing_mass=missing)
 
 
 def _budget(text: str) -> tuple[int, float | None]:
@@ -79,6 +78,6 @@ def _budget(text: str) -> tuple[int, float | None]:
     if not 0 < share < 1:
         raise InputError(
             f"budget {text!r} is none; expected {DEFAULT}, tokens such as 256, a threshold such as 1e-4, a missing "
-            f"mass such as 3%, or {', '.join(QUALITIES)}"
+            f"mass such as 5%, or {', '.join(QUALITIES)}"
         )
     return plain.top_k, share

@@ -10,7 +10,8 @@ class Bookmark:
 
     Whatever was appended meanwhile is dropped, also by a forward that broke off between two layers. Keys, values
     and sketch are cut, which copies nothing. What cannot be cut is kept as a copy: a sliding window of
-    transformers' own, and what a policy saw of the prompt's queries.
+    transformers' own, and what a policy saw of the prompt's queries. So is where
+    a dial stood.
     """
 
     def __init__(self, cache: SparseCache) -> None:
@@ -20,9 +21,13 @@ class Bookmark:
             copy.copy(layer.state.witness) if isinstance(layer, SparseLayer) else copy.deepcopy(layer)
             for layer in cache.layers
         ]
+        # in one copy: they share a loop
+        self._dials = copy.deepcopy([layer.state.dial for layer in cache.sparse_layers])
 
     def go_back(self) -> None:
         """Leave the cache as it was when this bookmark was made; may be called any number of times."""
+        for layer, dial in zip(self._cache.sparse_layers, copy.deepcopy(self._dials), strict=True):
+            layer.state.dial = dial
         for number, kept in enumerate(self._kept):
             layer = self._cache.layers[number]
             if not isinstance(layer, SparseLayer):
