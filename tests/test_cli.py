@@ -59,7 +59,7 @@ def test_generate_writes_what_each_step_and_layer_read(
     assert [(row["step"], row["layer"]) for row in rows] == [(step, layer) for step in range(5) for layer in range(2)]
     assert "5 decode steps, 2 layers" in capsys.readouterr().err
     assert run("generate", TEXT, "-m", directory, "-n", 2, "--stats", tmp_path) == 1
-    assert "give the name of a file" in capsys.readouterr().err
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_a_preset_and_a_value_that_it_sets_exclude_each_other(
