@@ -130,7 +130,7 @@ class SparseAttention(nn.Module):
             compiled.install(self.model)
         elif compile:
             if input_ids is None or not wanted or kwargs.get("past_key_values") is not None:
-                raise ConfigError("compile=True needs ids and max_new_tokens, makes the cache itself and keeps no stats")
+                raise ConfigError("compile=True needs ids and max_new_tokens, makes the cache itself, keeps no stats")
             mask = kwargs.get("attention_mask")
             kwargs["past_key_values"] = reading.read_into_static(self.model, self.config, input_ids, mask, wanted)
         return self.model.generate(input_ids, **kwargs)
