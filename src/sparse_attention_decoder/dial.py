@@ -19,8 +19,9 @@ from sparse_attention_decoder.selection import Selection
 ESTIMATING = ("sketch", "oracle")
 # one layer is audited every so many steps, the layers in turn
 AUDIT_EVERY = 8
-# the first sparse step audits one layer in so many, to begin with a factor of this text
-FIRST_AUDITS = 5
+# these sparse steps audit one layer in so many, to begin with a factor of this text: at first, and about where the
+# loop settles, for the bias depends on the threshold
+FIRST_STEPS, FIRST_AUDITS = (1, 5), 5
 # what audits found before any were made, and how many of them that counts as; for all layers, and for one
 _PRIOR, _PRIOR_WEIGHT, _LAYER_WEIGHT = 1.0, 1.0, 4.0
 # audits remembered, about: of all layers, and of one
@@ -126,8 +127,8 @@ class LayerDial:
     @property
     def is_audited(self) -> bool:
         """Whether the step that has begun is audited in this layer."""
-        if self._step == 1:
-            return self._number % FIRST_AUDITS == min(FIRST_AUDITS, self._dial.layers) // 2
+        if self._step in FIRST_STEPS:
+            return self._number % FIRST_AUDITS == self._step % min(FIRST_AUDITS, self._dial.layers)
         turn, rest = divmod(self._step, AUDIT_EVERY)
         return rest == 0 and self._number == turn * _stride(self._dial.layers) % self._dial.layers
 
