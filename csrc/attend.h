@@ -20,7 +20,8 @@ inline int64_t token_bytes(const sad_call* c) {
 
 // adds those of the tokens that are held as the cache holds its rows
 template <class T, class Source>
-void add_held(const sad_call* c, Unit u, Source next_token, const float* query, Part part) {
+void add_held(const sad_call* c, Unit u, Source next_token, const float* query, Part part,
+              const float* log_weights = nullptr) {
   const int64_t end = whole_from(c);
   auto next = [&]() -> int64_t {
     int64_t token = next_token();
@@ -28,26 +29,28 @@ void add_held(const sad_call* c, Unit u, Source next_token, const float* query, 
     return token;
   };
   add_tokens(held_keys<T>(c, u), held_values<T>(c, u), next, query, int(c->group), int(c->dim), int(c->value_dim),
-             float(c->scaling), part);
+             float(c->scaling), part, log_weights);
 }
 
 template <class Q, class Source>
-void add_whole_as(const sad_call* c, Unit u, Source next_token, const float* query, Part part) {
+void add_whole_as(const sad_call* c, Unit u, Source next_token, const float* query, Part part,
+                  const float* log_weights) {
   add_tokens(whole_keys<Q>(c, u), whole_values<Q>(c, u), next_token, query, int(c->group), int(c->dim),
-             int(c->value_dim), float(c->scaling), part);
+             int(c->value_dim), float(c->scaling), part, log_weights);
 }
-// adds those that are whole
+// adds those that are whole; log_weights, where there are any, are those of the whole ones
 template <class Source>
-void add_whole(const sad_call* c, Unit u, Source next_token, const float* query, Part part) {
+void add_whole(const sad_call* c, Unit u, Source next_token, const float* query, Part part,
+               const float* log_weights = nullptr) {
   const int64_t start = whole_from(c);
   auto next = [&]() -> int64_t {
     int64_t token = next_token();
     while (token >= 0 && token < start) token = next_token();
     return token < 0 ? token : token - start;
   };
-  if (c->query_type == SAD_BFLOAT16) return add_whole_as<bf16>(c, u, next, query, part);
-  if (c->query_type == SAD_FLOAT16) return add_whole_as<f16>(c, u, next, query, part);
-  add_whole_as<float>(c, u, next, query, part);
+  if (c->query_type == SAD_BFLOAT16) return add_whole_as<bf16>(c, u, next, query, part, log_weights);
+  if (c->query_type == SAD_FLOAT16) return add_whole_as<f16>(c, u, next, query, part, log_weights);
+  add_whole_as<float>(c, u, next, query, part, log_weights);
 }
 
 template <class T>
@@ -84,7 +87,7 @@ void attend_chosen(const sad_call* c, Unit u, Work* w, int64_t piece, int64_t pi
   int64_t at = w->chosen * piece / pieces;
   const int64_t end = w->chosen * (piece + 1) / pieces;
   auto next = [&]() -> int64_t { return at < end ? w->list[at++] : -1; };
-  add_held<T>(c, u, next, w->query, part);
+  add_held<T>(c, u, next, w->query, part, c->sampled ? w->room + at : nullptr);
   if (!last(w)) return;
   // in order, whoever comes last: the result does not depend on which thread that is
   const Part all = part_at(w->part, c->group), whole = part_at(w->whole, c->group);
@@ -92,7 +95,9 @@ void attend_chosen(const sad_call* c, Unit u, Work* w, int64_t piece, int64_t pi
   // few, and the last of the list; none where the window is as long as what is whole
   if (has_whole(c) && w->chosen && w->list[w->chosen - 1] >= whole_from(c)) {
     int64_t n = 0;
-    add_whole(c, u, [&]() -> int64_t { return n < w->chosen ? w->list[n++] : -1; }, w->whole_query, whole);
+    while (w->list[n] < whole_from(c)) n++;
+    const float* log_weights = c->sampled ? w->room + n : nullptr;
+    add_whole(c, u, [&]() -> int64_t { return n < w->chosen ? w->list[n++] : -1; }, w->whole_query, whole, log_weights);
   }
   finish<T>(c, u, all, has_whole(c) ? &whole : nullptr);
 }

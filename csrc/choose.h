@@ -165,5 +165,44 @@ inline int64_t choose(const float* share, int64_t padded, int64_t eligible, int6
   return kept < wanted ? kept : wanted;
 }
 
+// Beside the `chosen` tokens of `list`, in order: the tokens with which the sum of the other shares passes half a cell, one
+// and a half, and so on. Writes all of them to `into`, in order, and what is added to their logits; returns how many.
+inline int64_t sample_tail(const float* share, int64_t padded, float cell, const int32_t* list, int64_t chosen, int32_t* into,
+                           float* log_weights) {
+  int64_t found = 0, next = 0, passed = 0;
+  double total = 0;
+  auto put = [&](int64_t token, float log_weight) {
+    into[found] = int32_t(token);
+    log_weights[found++] = log_weight;
+  };
+  for (int64_t at = 0; at < padded; at += BLOCK) {
+    const bool has_chosen = next < chosen && list[next] < at + BLOCK;
+    F parts = F{};
+    for (int64_t i = at; i < at + BLOCK; i += NW) {
+      const F x = load(share + i);
+      parts += x > F{} ? x : F{};
+    }
+    const double block = sum(parts);
+    // nothing to read here
+    if (!has_chosen && total + block <= (double(passed) + 0.499) * cell) {
+      total += block;
+      continue;
+    }
+    for (int64_t i = at; i < at + BLOCK; i++) {
+      if (next < chosen && list[next] == i) {
+        put(i, 0);
+        next++;
+      } else if (share[i] > 0) {
+        total += share[i];
+        if (total / cell > double(passed) + 0.5) {
+          put(i, logf(cell / share[i]));
+          passed = int64_t(ceil(total / cell - 0.5));
+        }
+      }
+    }
+  }
+  return found;
+}
+
 }  // namespace
 #endif

@@ -51,6 +51,13 @@ inline void choose_unit(const sad_call* c, Unit u, Work* w) {
       }
   for (int64_t i = w->scores.count; i < w->scores.padded; i++) share[i] = -1;
   w->chosen = choose(share, w->scores.padded, eligible, c->floor, c->cap, float(c->threshold), w->room, w->list);
+  if (c->sampled) {
+    // a sieve is not needed then, and has room for a list
+    w->chosen = sample_tail(share, w->scores.padded, float(c->threshold), w->list, w->chosen, w->sieve.candidate, w->room);
+    int32_t* list = w->list;
+    w->list = w->sieve.candidate;
+    w->sieve.candidate = list;
+  }
   float read = 0;
   for (int64_t i = 0; i < w->chosen; i++) read += share[w->list[i]];
   c->missing[u.index] = all > read ? all - read : (all == all ? 0 : all);
@@ -62,6 +69,7 @@ inline void hand_out(const sad_call* c, Unit u, Work* w) {
   for (int64_t i = 0; i < w->chosen; i++) {
     w->list[i] += int32_t(c->low / BLOCK * BLOCK);
     if (c->tokens && i < c->tokens_room) c->tokens[u.index * c->tokens_room + i] = w->list[i];
+    if (c->log_weights && i < c->tokens_room) c->log_weights[u.index * c->tokens_room + i] = w->room[i];
   }
 }
 
@@ -182,7 +190,10 @@ int step(const sad_call* c) {
   }
   if (c->tokens)
     for (int64_t i = 0; i < units; i++)
-      for (int64_t n = work[i].chosen; n < most; n++) c->tokens[i * c->tokens_room + n] = c->low;
+      for (int64_t n = work[i].chosen; n < most; n++) {
+        c->tokens[i * c->tokens_room + n] = c->low;
+        if (c->log_weights) c->log_weights[i * c->tokens_room + n] = 0;
+      }
   const int64_t extra = most_extra(most), pieces = 1 + extra;
   for (int64_t i = 0; i < units; i++) work[i].pending = int32_t(pieces);
   each(threads_for(c, chosen * row_bytes), units * pieces, [&](int64_t item) {

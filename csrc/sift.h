@@ -16,7 +16,10 @@ namespace {
 constexpr int64_t SIFTED = 16384;
 constexpr int64_t SAMPLED = 8, OFFSET = 4, TOKENS = TOGETHER * BLOCK;
 
-inline bool is_sifted(const sad_call* c, const Work* w) { return !c->middle && w->scores.count >= SIFTED; }
+inline bool is_sifted(const sad_call* c, const Work* w) {
+  // a sample adds up every share
+  return !c->middle && !c->sampled && w->scores.count >= SIFTED;
+}
 
 // the first and the last block may reach beyond the middle; no sampled one does
 inline int64_t samples_of(const Work* w) { return (w->scores.count / BLOCK - OFFSET - 1) / SAMPLED + 1; }

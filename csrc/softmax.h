@@ -33,6 +33,8 @@ template <class T>
 struct Tile {
   const T* row[TILE + 1];
   float scale[TILE];
+  // what is added to each token's logits, or null
+  const float* log_weights = nullptr;
 
   void add(int n, Held<T> held, int64_t token) {
     row[n] = held.rows + token * held.stride;
@@ -171,6 +173,7 @@ void add_heads(const Tile<T>& keys, const Tile<T>& values, int count, int padded
     if constexpr (is_packed<T>)
       for (int t = padded; t < TILE; t++) weights[g * TILE + t] = 0;
     keys.rescale(weights + g * TILE);
+    for (int t = 0; keys.log_weights && t < count; t++) weights[g * TILE + t] += keys.log_weights[t];
     for (int t = count; t < TILE; t++) weights[g * TILE + t] = -INFINITY;
     weigh_tile(weights + g * TILE, part.top + g, part.total + g, part.values + g * width, width);
     values.rescale(weights + g * TILE);
@@ -206,18 +209,20 @@ inline void clear(Part part, int64_t group, int64_t value_dim) {
   memset(part.values, 0, size_t(group * lanes(value_dim)) * sizeof(float));
 }
 
-// Adds the tokens that next_token() gives, until it gives one below 0.
+// Adds the tokens that next_token() gives, until it gives one below 0; log_weights, where there are any, in the same order.
 template <class T, class Source>
 void add_tokens(Held<T> keys, Held<T> values, Source next_token, const float* query, int group, int dim,
-                int value_dim, float scaling, Part part) {
+                int value_dim, float scaling, Part part, const float* log_weights = nullptr) {
   Tile<T> key[2], value[2];
   auto fill = [&](int side) {
     int n = 0;
+    key[side].log_weights = log_weights;
     for (int64_t token; n < TILE && (token = next_token()) >= 0; n++) {
       key[side].add(n, keys, token);
       value[side].add(n, values, token);
     }
     key[side].row[n] = value[side].row[n] = nullptr;
+    if (log_weights) log_weights += n;
     return n;
   };
   int side = 0, count = fill(side);

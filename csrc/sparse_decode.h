@@ -84,6 +84,10 @@ typedef struct {
   int64_t whole_key_row, whole_key_head, whole_key_token;
   void* whole_values;
   int64_t whole_value_row, whole_value_head, whole_value_token;
+  // step: 1 to read, beside the tokens above the threshold, one of the rest for every `threshold` of attention; and what is
+  // added to the logits of chosen tokens for it [B, Hkv, tokens_room] float32, or null
+  int64_t sampled;
+  float* log_weights;
 } sad_call;
 
 // torch_parallel_for of libtorch_cpu: runs work(begin, end, context) on torch's own threads

@@ -129,7 +129,7 @@ struct Work {
   float *near_lse, *lse;  // [G], of the near tokens and of all
   Sieve sieve;
   Scores scores;
-  float* room;        // [padded + 16]
+  float* room;        // [padded + 16]; of a sample, what is added to the logits of the chosen tokens
   int32_t* list;      // [padded + 16], chosen tokens relative to the first scored block
   int64_t chosen;
   int32_t pending;  // items of the running phase that are not done

@@ -1,5 +1,6 @@
 """sparse-decoder as a user types it, on a tiny model saved to a directory."""
 
+import json
 import os
 import signal
 import subprocess
@@ -61,6 +62,27 @@ def test_lossless_prints_the_text_of_dense_decoding_and_what_it_took(
     for other in ("--dense", "--compare"):
         assert run("generate", TEXT, "-m", directory, "--lossless", other) == 1
         assert f"{other} and --lossless" in capsys.readouterr().err
+
+
+def test_generate_writes_what_each_step_and_layer_read(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "steps.jsonl"
+    dial = ["--window", "4", "--sinks", "2", "--dense-below", "0", "--missing-mass", "0.3", "--threshold", "0.02"]
+    assert run("generate", TEXT, "-m", directory, "-n", 6, *dial, "--stats", file) == 0
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert [(row["step"], row["layer"]) for row in rows] == [(step, layer) for step in range(5) for layer in range(2)]
+    assert "5 decode steps, 2 layers" in capsys.readouterr().err
+    assert run("generate", TEXT, "-m", directory, "-n", 2, "--stats", tmp_path) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_preset_and_a_value_that_it_sets_exclude_each_other(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", TEXT, "-m", directory, "-n", 2, "--quality", "firm") == 0
+    assert run("generate", TEXT, "-m", directory, "-n", 2, "--quality", "firm", "--threshold", "0.5") == 1
+    assert "sets threshold" in capsys.readouterr().err
 
 
 def test_the_prompt_may_come_from_a_file_or_standard_input(

@@ -25,6 +25,8 @@ LEVELS = {
     "kernels": 1,
     "cache": 2,
     "policies": 3,
+    "ledger": 4,
+    "dial": 4,
     "attention": 4,
     "prefill": 4,
     "ready": 5,

@@ -107,6 +107,9 @@ def test_changes_compare_the_cells_both_have(tmp_path: Path) -> None:
         ("sketch, above 0.0001", cell(threshold=1e-4)),
         ("sketch, 32, window 64", cell(threshold=None, attention_window=64)),
         ("oracle, above 3e-05", cell(policy="oracle")),
+        ("sketch, fast", cell(quality="fast")),
+        ("sketch, balanced, missing 0.05", cell(quality="balanced", missing_mass=0.05)),
+        ("sketch, sampled above 0.002", cell(sample_tail=True, threshold=2e-3)),
         ("quest, 32", cell(policy="quest")),
         ("window, 512", cell(policy="window", attention_window=512)),
         ("streaming, 512 (evicts)", cell(policy="streaming", attention_window=512)),
@@ -133,6 +136,10 @@ def test_the_grid_has_a_config_for_every_policy_and_budget_that_go_together() ->
         ("window", 32, None, 512),
         ("snapkv", 256, None, 256),
     ]
+    dialled = configs(["sketch", "quest", "oracle"], ["firm", "5%"])
+    assert [(c.policy, c.quality, c.missing_mass) for c in dialled] == [
+        ("sketch", "firm", None), ("sketch", "balanced", 0.05), ("oracle", "firm", None), ("oracle", "balanced", 0.05),
+    ]  # fmt: skip
     # never dense below: a figure of sparse decoding must not be one of dense decoding
     assert {c.dense_below for c in found[1:]} == {0}
     assert configs(["sketch", "sketch"], ["64", "64"], window=8) == [
@@ -143,6 +150,7 @@ def test_the_grid_has_a_config_for_every_policy_and_budget_that_go_together() ->
 @pytest.mark.parametrize(("policy", "budget", "match"), [
     ("sketchy", "default", "'sketchy' is unknown; choose from sketch"),
     ("sketch", "0", "budget '0'"), ("sketch", "-3", "budget"), ("sketch", "2.5", "budget"), ("sketch", "much", "much"),
+    ("sketch", "x%", "written such as 5%"),
 ])  # fmt: skip
 def test_a_grid_of_nonsense_is_refused(policy: str, budget: str, match: str) -> None:
     with pytest.raises(InputError, match=match):

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from sparse_attention_decoder.cache import Account, Cap, Index, KVBuffer, Sketch, Witness
 from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.dial import Dial, LayerDial
 from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels import Kernels, Request, resolve
 from sparse_attention_decoder.kernels.reference import REFERENCE
+from sparse_attention_decoder.ledger import Dialled, Ledger
 from sparse_attention_decoder.policies import Policy, Step
 from sparse_attention_decoder.policies import resolve as resolve_policy
 from sparse_attention_decoder.selection import Reads, Rows, Selection
-
-# steps remembered before they are added up
-_MOST_NOTES = 256
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,17 @@ class LayerState:
     """The mutable state of one layer: KV buffer, the policy's index, what the prompt attended to, what was read.
 
     cap: keeps all that within the config's limits; None where there are none. Layers of one cache share an `account`.
+    dial: moves the threshold; None where the config sets no missing_mass. Layers of one cache share that, too.
     """
 
-    def __init__(self, config: AttentionConfig, account: Account | None = None) -> None:
+    def __init__(self, config: AttentionConfig, account: Account | None = None, dial: Dial | None = None) -> None:
         self.config = config
         self.policy: type[Policy] = resolve_policy(config.policy)
         self.buffer = KVBuffer(config.kv_dtype, config.backend)
         self.cap = Cap(config, account or Account(1)) if config.is_capped else None
-        self._reads = Reads()
-        self._notes: list[_Note] = []
+        self.ledger = Ledger(config)
+        shared = dial or Dial.of(config)
+        self.dial = None if shared is None else LayerDial(shared)
         self.index: Index | None = None
         self.witness: Witness | None = None
         self.watch(self.policy)
@@ -98,7 +99,9 @@ class LayerState:
         """The backend that serves this layer's dtype, device and head size."""
         if self._kernels is None:
             keys, values = self.buffer.keys, self.buffer.values
-            request = Request(keys.device, keys.dtype, keys.shape[-1], values.shape[-1], self.buffer.kv_dtype)
+            kv_dtype = self.buffer.kv_dtype
+            sampled = self.config.sample_tail and self.config.policy == "sketch"
+            request = Request(keys.device, keys.dtype, keys.shape[-1], values.shape[-1], kv_dtype, sampled)
             self._kernels = resolve(self.config.backend, request)
         return self._kernels
 
@@ -110,34 +113,14 @@ class LayerState:
     @property
     def reads(self) -> Reads:
         """What the decode steps read so far."""
-        self._add_up()
-        return self._reads
-
-    def note(self, rows: Rows, dense: list[bool], selection: Selection | None) -> None:
-        """Remember what a step read."""
-        if selection is None:
-            self._notes.append(_Note(rows.counts, dense, self.buffer.whole))
-        else:
-            self._notes.append(
-                _Note(
-                    rows.counts, dense, self.buffer.whole, selection.counts, selection.missing_mass,
-                    selection.index_bytes,
-                )
-            )  # fmt: skip
-        if len(self._notes) >= _MOST_NOTES:
-            self._add_up()
-
-    def _add_up(self) -> None:
-        for note in self._notes:
-            self._reads.add(note.reads(self.buffer, self.config))
-        self._notes.clear()
+        return self.ledger.reads(self.buffer)
 
     def convert(self, kv_dtype: str) -> None:
         """Keep keys and values in fewer bits from now on, see `KVBuffer.convert`.
 
         An index that is a function of the keys is built anew when next needed, of the keys as they are now.
         """
-        self._add_up()
+        self.ledger.reads(self.buffer)
         self.buffer.convert(kv_dtype)
         self._kernels = None
         if not self.policy.evicts:
@@ -171,7 +154,9 @@ class LayerState:
             self.cap.reset()
         if self.witness is not None:
             self.witness.reset()
-        self._reads, self._notes = Reads(), []
+        self.ledger.reset()
+        if self.dial is not None:
+            self.dial.reset()
         self.index = None
         self._kernels = None
 
@@ -204,7 +189,7 @@ def decode_step(query: Tensor, layer: LayerState, rows: Rows, scaling: float) ->
     _check(query, layer, rows)
     dense = layer.dense_rows(rows)
     if all(dense):
-        layer.note(rows, dense, None)
+        layer.ledger.note(layer.buffer, rows.counts, dense)
         if layer.policy.needs_witness:
             layer.see(query.unsqueeze(2), rows, scaling)
         return Decoded(attend_densely(query, layer, rows, scaling), None, None)
@@ -215,7 +200,8 @@ def decode_step(query: Tensor, layer: LayerState, rows: Rows, scaling: float) ->
         output, lse, selection = step.read(nothing)
     else:
         output, lse, selection = layer.policy.attend(step)
-    layer.note(rows, dense, selection)
+    dialled = _dialled(layer, step, selection, dense)
+    layer.ledger.note(layer.buffer, rows.counts, dense, selection, dialled)
     if any(dense):
         # a mixed batch: short rows get what they would get alone
         whole = torch.tensor(dense, device=query.device)[:, None, None]
@@ -240,7 +226,16 @@ def _prepare(query: Tensor, layer: LayerState, rows: Rows, scaling: float) -> St
         layer.index = layer.policy.new_index(layer.kernels, config)
         if layer.cap is not None:
             layer.cap.note(layer.buffer, layer.index)
-    return Step(query, layer.buffer, layer.index, rows, regions, scaling, layer.kernels, config, layer.witness)
+    threshold = (config.threshold or 0.0) if layer.dial is None else layer.dial.begin()
+    return Step(
+        query, layer.buffer, layer.index, rows, regions, scaling, layer.kernels, config, layer.witness, threshold
+    )
+
+
+def _dialled(layer: LayerState, step: Step, selection: Selection, dense: list[bool]) -> Dialled:
+    if layer.dial is None or selection.missing_mass is None:
+        return Dialled(step.threshold)
+    return layer.dial.follow(step, selection, dense)
 
 
 def _check(query: Tensor, layer: LayerState, rows: Rows) -> None:
@@ -252,44 +247,4 @@ def _check(query: Tensor, layer: LayerState, rows: Rows) -> None:
     if rows.length != length or len(rows.counts) != batch:
         raise ShapeError(
             f"rows describe {len(rows.counts)} rows of {rows.length} tokens; the cache holds {batch} of {length}"
-        )
-
-
-@dataclass(frozen=True)
-class _Note:
-    """What one step read, as it came: adding it up would cost as much as a short step, so it waits.
-
-    whole: newest tokens of a packed cache that were held as they came. Those of the window count with the bytes they
-        have so; one that was chosen, as it may be where the window is shorter, counts as packed.
-    """
-
-    counts: tuple[int, ...]
-    dense: list[bool]
-    whole: int
-    chosen: Tensor | None = None
-    missing: Tensor | None = None
-    index_bytes: int = 0
-
-    def reads(self, buffer: KVBuffer, config: AttentionConfig) -> Reads:
-        heads, near = buffer.shape[1], config.sink_tokens + config.attention_window
-        chosen = [0] * len(self.dense) if self.chosen is None else self.chosen.sum(-1).tolist()
-        tokens = whole = 0
-        for count, is_dense, own in zip(self.counts, self.dense, chosen, strict=True):
-            tokens += count * heads if is_dense else min(count, near) * heads + int(own)
-            has_packed = count > self.whole and not is_dense
-            whole += min(self.whole, config.attention_window if has_packed else near if not is_dense else count) * heads
-        missing = 0.0
-        if self.missing is not None:
-            sparse = torch.tensor(self.dense).logical_not().to(self.missing)
-            missing = float((self.missing.mean(-1) * sparse).mean())
-        cached = sum(self.counts) * heads
-        return Reads(
-            steps=1,
-            sparse_steps=int(self.chosen is not None),
-            tokens_read=tokens,
-            tokens_cached=cached,
-            bytes_read=(tokens - whole) * buffer.token_bytes(buffer.kv_dtype) + whole * buffer.token_bytes(None),
-            index_bytes=self.index_bytes,
-            bytes_dense=cached * buffer.token_bytes(None),
-            missing_mass=missing,
         )

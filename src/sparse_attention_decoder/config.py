@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 from sparse_attention_decoder.errors import ConfigError
-from sparse_attention_decoder.tables import BACKENDS, KV_BITS, POLICIES
+from sparse_attention_decoder.tables import BACKENDS, KV_BITS, POLICIES, QUALITIES
 
 # policies that read what a cap leaves; the others keep or evict by rules of their own
 CAPPED = ("sketch", "dense", "window")
@@ -19,6 +19,8 @@ class AttentionConfig:
         AttentionConfig(threshold=None, top_k=256)         # a fixed budget
         AttentionConfig(policy="dense")                    # read everything: the baseline
         AttentionConfig(dense_below=0)                     # sparse as soon as the budget is exceeded
+        AttentionConfig(missing_mass=0.03)                 # the threshold follows: 3 % of the attention left unread
+        AttentionConfig(quality="fast")                    # a measured preset: fast, balanced or firm
 
     Args:
         top_k: tokens retrieved per KV head and step, at least: the floor. 1 or more.
@@ -42,6 +44,15 @@ class AttentionConfig:
             dense and window.
         max_cache_bytes: bytes that keys, values and sketch of all layers and rows may take together. Precision
             goes first, to int8 and then to int4; what is beyond even so is evicted.
+        missing_mass: share of the attention that may go unread, mean over layers, heads, rows and steps: from
+            `threshold` on, a closed loop moves the threshold so that the estimated missing attention mass stays there.
+            The estimate is audited by exact attention, see `dial`; it is no bound. None leaves the threshold where
+            it is. For policies sketch and oracle; the others ignore it, as they do the threshold.
+        sample_tail: of the tokens whose share does not exceed the threshold, one is read for every `threshold` of
+            attention and stands for that much: half the bytes at the same KL (docs/experiments.md, 21), with a
+            threshold some ten times higher. For policy sketch, backends cpu and reference; other policies ignore it.
+        quality: a row of `tables.QUALITIES`, which sets the fields it names. Fields at their plain default take the
+            preset's value; one that says a third thing is an error. None sets nothing.
     Raises:
         ConfigError: a value that cannot work; the message gives one that would.
     What the defaults keep is measured in benchmarks/report/report.md; docs/experiments.md says what
@@ -58,8 +69,12 @@ class AttentionConfig:
     kv_dtype: str | None = None
     max_cache_tokens: int | None = None
     max_cache_bytes: int | None = None
+    missing_mass: float | None = None
+    quality: str | None = None
+    sample_tail: bool = False
 
     def __post_init__(self) -> None:
+        self._apply_quality()
         _require_count("top_k", self.top_k, 1, 'to retrieve nothing use policy="window"')
         _require_count("attention_window", self.attention_window, 1, "the current token is part of it")
         _require_count("sink_tokens", self.sink_tokens, 0, "0 keeps no first tokens")
@@ -85,6 +100,44 @@ class AttentionConfig:
                 f"kv_dtype is {self.kv_dtype!r}; choose one of {', '.join(KV_BITS)}, or None to keep them whole"
             )
         self._check_caps()
+        self._check_missing_mass()
+        if not isinstance(self.sample_tail, bool):
+            raise ConfigError(f"sample_tail is {self.sample_tail!r}; expected True or False")
+        if self.sample_tail and not self.threshold:
+            raise ConfigError("sample_tail is True, but the threshold is off; give one to sample below, such as 1e-3")
+
+    def _apply_quality(self) -> None:
+        if self.quality is None:
+            return
+        if not isinstance(self.quality, str) or self.quality not in QUALITIES:
+            raise ConfigError(f"quality is {self.quality!r}; choose one of {', '.join(QUALITIES)}, or None")
+        plain = {field.name: field.default for field in fields(self)}
+        for name, value in QUALITIES[self.quality].items():
+            given = getattr(self, name)
+            if given not in (plain[name], value):
+                raise ConfigError(
+                    f"quality {self.quality!r} sets {name} to {value!r}, and it is given as {given!r}; leave one of "
+                    "them out (quality=None keeps all other fields)"
+                )
+            object.__setattr__(self, name, value)
+
+    def _check_missing_mass(self) -> None:
+        if self.missing_mass is None:
+            return
+        if isinstance(self.missing_mass, bool) or not isinstance(self.missing_mass, (int, float)):
+            raise ConfigError(
+                f"missing_mass is {self.missing_mass!r}; expected a number above 0 and below 1, or None for a fixed "
+                "threshold"
+            )
+        if not 0 < self.missing_mass < 1:
+            raise ConfigError(
+                f"missing_mass is {self.missing_mass}; as a share of attention it is above 0 and below 1, such as 0.03"
+            )
+        if not self.threshold:
+            raise ConfigError(
+                f"missing_mass is {self.missing_mass}, but the threshold it is to move is off; give one to start "
+                "from, such as 3e-5"
+            )
 
     def _check_caps(self) -> None:
         if self.max_cache_tokens is not None:
@@ -138,7 +191,14 @@ class AttentionConfig:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ConfigError(f"unknown key {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
-        return cls(**values)
+        config = cls(**values)
+        for name, value in values.items():
+            if getattr(config, name) != value:
+                raise ConfigError(
+                    f"quality {config.quality!r} sets {name} to {getattr(config, name)!r}, and the JSON says "
+                    f"{value!r}; leave one of them out"
+                )
+        return config
 
 
 def _require_count(name: str, value: object, least: int, hint: str, unit: str = "tokens") -> None:

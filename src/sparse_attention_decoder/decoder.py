@@ -11,21 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, InputError
-from sparse_attention_decoder.models import compiled
+from sparse_attention_decoder.models import compiled, reading
 from sparse_attention_decoder.models.adapter import enable
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.frame import prompt_ids
 from sparse_attention_decoder.models.ids import check_ids
 from sparse_attention_decoder.models.loading import load
 from sparse_attention_decoder.models.lossless import Lossless, drafting
-from sparse_attention_decoder.models.reading import (
-    DEFAULT_NEW_TOKENS,
-    Progress,
-    chunking,
-    read_into,
-    read_into_static,
-)
+from sparse_attention_decoder.models.reading import DEFAULT_NEW_TOKENS, Progress
 from sparse_attention_decoder.models.static import StaticSparseCache
+from sparse_attention_decoder.models.statistics import with_statistics
 from sparse_attention_decoder.models.stopping import StopWhen
 from sparse_attention_decoder.models.streaming import pieces
 from sparse_attention_decoder.session import Session
@@ -64,9 +59,8 @@ class SparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         model, found = load(model, weights=weights)
-        tokenizer = tokenizer or found
         self.config = config or AttentionConfig()
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer or found
         self.model = enable(model, self.config)
         if compile:
             compiled.install(self.model)
@@ -118,6 +112,7 @@ class SparseAttention(nn.Module):
         *,
         compile: bool = False,
         lossless: bool | Lossless = False,
+        return_stats: bool = False,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate`: sampling, beams, stopping criteria and streamers included.
@@ -128,26 +123,31 @@ class SparseAttention(nn.Module):
                 max_new_tokens: transformers then compiles the step into one graph, for one answer a prompt.
             lossless: draft sparsely, verify several tokens at once densely: tokens are those of dense decoding. A
                 `Lossless` says how, and afterwards what came of it. One row, by sampling or greedily.
+            return_stats: return (output, `models.statistics.Statistics` of the decode steps).
         Raises:
-            InputError: empty, not integer, out of vocabulary.
-            ContextLengthError: prompt and max_new_tokens together exceed the model's context.
-            ConfigError: on CUDA, compile without ids or max_new_tokens, or with a cache; lossless with a cap.
+            InputError: empty, not integer, out of vocabulary. ContextLengthError: too long with max_new_tokens.
+            ConfigError: on CUDA, compile without ids or max_new_tokens or with a cache; lossless with cap or kv_dtype.
             BackendError: compile without a C++ compiler, or on CUDA without Triton. UnsupportedError: see lossless.
         """
-        settings = kwargs.get("generation_config")
-        wanted = kwargs.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
+        if return_stats:
+            kwargs |= {"input_ids": input_ids, "compile": compile, "lossless": lossless}
+            return with_statistics(self.generate, self._fresh, **kwargs)
+        wanted = kwargs.get("max_new_tokens") or getattr(kwargs.get("generation_config"), "max_new_tokens", None) or 0
         if input_ids is not None:
             self.check_ids(input_ids, 0, wanted)
-            kwargs = {**chunking(self.config, input_ids.shape[1]), **kwargs}
+            kwargs = {**reading.chunking(self.config, input_ids.shape[1]), **kwargs}
         if compile and self._compiles_ahead:
             compiled.install(self.model)
         elif compile:
             if input_ids is None or not wanted or kwargs.get("past_key_values") is not None or lossless:
-                raise ConfigError("compile=True needs input_ids and max_new_tokens, no cache, and not lossless=True")
+                raise ConfigError("compile=True needs ids and max_new_tokens, no cache, no statistics, not lossless")
             mask = kwargs.get("attention_mask")
-            kwargs["past_key_values"] = read_into_static(self.model, self.config, input_ids, mask, wanted)
+            kwargs["past_key_values"] = reading.read_into_static(self.model, self.config, input_ids, mask, wanted)
         kwargs = drafting(lossless, self.tokenizer, kwargs) if lossless else kwargs
         return self.model.generate(input_ids, **kwargs)
+
+    def _fresh(self) -> SparseCache:
+        return SparseCache(self.model.config, self.config)
 
     @property
     def _compiles_ahead(self) -> bool:
@@ -198,7 +198,7 @@ class SparseAttention(nn.Module):
         Raises:
             InputError: empty, not integer, out of vocabulary. ContextLengthError: too long.
         """
-        cache = SparseCache(self.model.config, self.config)
+        cache = self._fresh()
         cache.watch(watched)
         self.read_into(input_ids, cache, on_progress)
         return cache
@@ -206,7 +206,7 @@ class SparseAttention(nn.Module):
     def read_into(self, ids: Tensor, cache: SparseCache | StaticSparseCache, on_progress: Progress | None) -> None:
         """Read ids [B, T] behind what a cache holds, densely, a chunk at a time; `on_progress` as in `prefill`."""
         self.check_ids(ids, 0)
-        read_into(self.model, ids, cache, on_progress)
+        reading.read_into(self.model, ids, cache, on_progress)
 
     def read(self, document: str | Tensor | None, on_progress: Progress | None = None) -> Session:
         """Read a document once, to ask about it many times; see `Session`.
@@ -281,12 +281,12 @@ class SparseAttention(nn.Module):
             if kwargs.get("compile") and not self._compiles_ahead:
                 del kwargs["compile"]
                 progress = None if on_prefill is None else report
-                kwargs["past_key_values"] = read_into_static(
+                kwargs["past_key_values"] = reading.read_into_static(
                     self.model, self.config, ids, None, kwargs["max_new_tokens"], progress
                 )
             elif on_prefill is not None and ids.shape[1] > 2:
                 # two tokens are left to generate: one alone would be a decode step, and read sparsely
-                cache = kwargs.setdefault("past_key_values", SparseCache(self.model.config, self.config))
+                cache = kwargs.setdefault("past_key_values", self._fresh())
                 if cache.get_seq_length() == 0:
                     self.read_into(ids[:, :-2], cache, report)
             self.generate(ids, streamer=streamer, stopping_criteria=[*criteria, stop], **kwargs)

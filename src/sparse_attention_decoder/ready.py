@@ -7,6 +7,7 @@ from sparse_attention_decoder.cache import Sketch
 from sparse_attention_decoder.cache.sketch import fit_length
 from sparse_attention_decoder.kernels.cpu import CpuKernels
 from sparse_attention_decoder.kernels.cpu.prepared import PreparedStep
+from sparse_attention_decoder.ledger import Dialled
 from sparse_attention_decoder.policies.dense import DensePolicy
 from sparse_attention_decoder.policies.sketch import SketchPolicy
 from sparse_attention_decoder.selection import Rows, Selection
@@ -23,7 +24,7 @@ class Ready:
     def __init__(self, state: LayerState, query: Tensor, scaling: float, is_dense: bool) -> None:
         buffer, config = state.buffer, state.config
         self._state, self._changes, self._last = state, buffer.changes, buffer.steady_tokens
-        self._dense = [is_dense] * query.shape[0]
+        self._dense, self._dialled = [is_dense] * query.shape[0], Dialled(config.threshold or 0.0)
         self._sketch: Sketch | None = None
         if is_dense:
             if not state.policy.reads_everything:
@@ -43,7 +44,8 @@ class Ready:
     def after(cls, state: LayerState, query: Tensor, scaling: float) -> "Ready | None":
         """Ready for what follows a step of queries [B, Hq, 1, D] that `state` has taken; None if it can serve none."""
         length, kernels = state.buffer.length, state.kernels
-        plain = state.cap is None and state.witness is None and isinstance(kernels, CpuKernels)
+        plain = state.cap is None and state.witness is None and state.dial is None and not state.config.sample_tail
+        plain = plain and isinstance(kernels, CpuKernels)
         # within the budget PyTorch's attention serves, bit for bit
         exact = state.buffer.kv_dtype is None and length <= state.config.budget_tokens
         if not plain or exact or query.stride(-1) != 1 or state.policy not in (DensePolicy, SketchPolicy):
@@ -71,5 +73,5 @@ class Ready:
             scored = (regions.high - regions.low) * self._bytes
             selection = Selection(counts, counts, missing, scored)
         buffer.advance()
-        state.note(rows, self._dense, selection)
+        state.ledger.note(buffer, rows.counts, self._dense, selection, self._dialled)
         return output

@@ -135,17 +135,27 @@ class Selection:
     missing_mass: [B, Hkv] float32, estimated share of the attention (mean over the query heads)
         on tokens left unread; an estimate, biased low, and no bound. None where no policy estimates.
     index_bytes: bytes read from the index, all rows and heads, to choose them.
+    log_weights: [B, Hkv, K] float32, what is added to the logits of chosen tokens that stand for others too, 0 for the
+        rest; None where all stand for themselves.
     """
 
     tokens: Tensor
     counts: Tensor
     missing_mass: Tensor | None = None
     index_bytes: int = 0
+    log_weights: Tensor | None = None
 
     @property
     def chosen(self) -> Tensor:
         """[B, Hkv, K] bool, True where an entry of `tokens` is chosen."""
         return torch.arange(self.tokens.shape[-1], device=self.tokens.device) < self.counts.unsqueeze(-1)
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        """Logits [B, Hkv, G, N] of sinks, window and the chosen tokens in that order, with log_weights added."""
+        if self.log_weights is None:
+            return logits
+        near = logits.shape[-1] - self.tokens.shape[-1]
+        return logits + torch.nn.functional.pad(self.log_weights, (near, 0)).unsqueeze(2)
 
     @classmethod
     def empty(cls, batch: int, kv_heads: int, device: torch.device) -> "Selection":
@@ -164,7 +174,8 @@ class Reads:
         dtype would have read, so that `share_read` shows what packing saves too.
     steps: decode steps, sparse_steps of which chose tokens; the others read everything.
     tokens_read, tokens_cached: summed over steps, rows and KV heads.
-    missing_mass: sum over sparse steps of the mean estimated missing mass.
+    missing_mass: sum over sparse steps of the mean missing mass that the sketch estimates, as it estimates it.
+    audit_bytes: of keys read beside all that, to audit the estimate.
     """
 
     steps: int = 0
@@ -175,6 +186,7 @@ class Reads:
     index_bytes: int = 0
     bytes_dense: int = 0
     missing_mass: float = 0.0
+    audit_bytes: int = 0
 
     def add(self, other: "Reads") -> None:
         """Add another count to this one."""
@@ -183,8 +195,8 @@ class Reads:
 
     @property
     def share_read(self) -> float:
-        """Bytes read, index included, over the bytes dense attention would have read; 1.0 before any step."""
-        return (self.bytes_read + self.index_bytes) / self.bytes_dense if self.bytes_dense else 1.0
+        """Bytes read, index and audits included, over those dense attention would have read; 1.0 before any step."""
+        return (self.bytes_read + self.index_bytes + self.audit_bytes) / self.bytes_dense if self.bytes_dense else 1.0
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,13 @@ BACKENDS = {
 # kv_dtype -> bits in which a channel of keys and values is kept
 KV_BITS = {"int8": 8, "int4": 4}
 
+# quality -> the fields it sets; measured by benchmarks/dial.py
+QUALITIES: dict[str, dict[str, float | bool]] = {
+    "fast": {"threshold": 2e-3, "sample_tail": True, "attention_window": 64},
+    "balanced": {"threshold": 5e-4, "sample_tail": True, "attention_window": 256},
+    "firm": {"threshold": 1.5e-4, "sample_tail": True, "attention_window": 256},
+}
+
 
 def load(row: str) -> Any:
     """Import the class that a table row names."""

@@ -99,6 +99,7 @@ def trace_layer(
         regions = rows.regions(config.sink_tokens, config.attention_window, keys.device)
         read, valid = regions.with_chosen(decoded.selection)
     logits = state.kernels.exact_logits(query, keys, read, scaling)
+    logits = logits if decoded.selection is None else decoded.selection.weigh(logits)
     found = []
     for head in range(heads):
         kept = slice(None) if valid is None else valid[0, head]

@@ -64,6 +64,16 @@ class StaticTokens:
                 f'policy {config.policy!r} asks the host at every step, which a captured step cannot; use "sketch" or '
                 '"dense" with a static cache, or the cache that grows'
             )
+        if config.missing_mass is not None:
+            raise ConfigError(
+                f"missing_mass {config.missing_mass} moves the threshold from step to step, and a captured step keeps "
+                "the one it was captured with; use missing_mass=None or the cache that grows"
+            )
+        if config.sample_tail:
+            raise ConfigError(
+                "sample_tail is not for a static cache: Triton's kernels read no sample; use sample_tail=False or the "
+                "cache that grows"
+            )
         self._kernels = resolve(config.backend, Request(keys.device, keys.dtype, keys.shape[-1], values.shape[-1]))
         if self._kernels.name != "triton":
             raise BackendError(

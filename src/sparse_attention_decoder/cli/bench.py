@@ -39,7 +39,8 @@ BudgetList = Annotated[
     list[str],
     typer.Option(
         "--budget", "-b",
-        help="Repeat for several: default (the default's threshold), a number of tokens, or a threshold such as 1e-4.",
+        help="Repeat for several: default (the default's threshold), a number of tokens, a threshold such as 1e-4, a "
+        "missing attention mass such as 5%, or fast, balanced, firm.",
     ),
 ]  # fmt: skip
 NearOption = Annotated[int | None, typer.Option("--window", min=1, help="Newest tokens, always read; the default's.")]

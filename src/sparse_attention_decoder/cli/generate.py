@@ -1,5 +1,6 @@
 """generate and demo: text in, text out, and how sparse compares with dense on it."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from rich.table import Table
 from sparse_attention_decoder.cli.terminal import (
     CompileOption,
     KvOption,
+    MissingOption,
     ModelOption,
+    QualityOption,
     WeightsOption,
     console,
     load_model,
@@ -83,6 +86,11 @@ def generate(
     dense_below: BelowOption = "auto",
     max_cache_tokens: CacheTokensOption = None,
     max_cache_bytes: CacheBytesOption = None,
+    missing_mass: MissingOption = None,
+    quality: QualityOption = None,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", help="Write what each step and layer read here, one JSON object a line.")
+    ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Read everything: the baseline.")] = False,
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Draft sparsely, verify densely: the text is that of dense decoding.")
@@ -109,23 +117,24 @@ def generate(
       sparse-decoder generate --file long.txt --max-cache-bytes 100MB "What happens in the end?"
     """
     text = _prompt(prompt, file)
-    _require_one_way(compare, dense, lossless)
+    _require_one_way(compare, dense, lossless, stats)
     config = AttentionConfig(
         top_k, threshold, window, sinks, "dense" if dense else policy, dense_below=dense_below_of(dense_below),
         kv_dtype=kv_dtype and kv_dtype.value, max_cache_tokens=max_cache_tokens,
-        max_cache_bytes=_bytes(max_cache_bytes),
+        max_cache_bytes=_bytes(max_cache_bytes), missing_mass=missing_mass, quality=quality and quality.value,
     )  # fmt: skip
     decoder, chat = load_model(model, config, weights, compile=compile_steps), False if raw else None
     if compare:
         _show(_compare(decoder, text, chat, max_new_tokens), ", compiled" if compile_steps else "")
         return
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    _write(decoder, text, max_new_tokens, chat, sampling, lossless)
+    _write(decoder, text, max_new_tokens, chat, sampling, lossless, stats)
 
 
-def _require_one_way(compare: bool, dense: bool, lossless: bool) -> None:
-    if compare and dense:
-        raise InputError("--dense and --compare exclude each other: --compare runs dense and sparse")
+def _require_one_way(compare: bool, dense: bool, lossless: bool, stats: Path | None) -> None:
+    if compare and (dense or stats):
+        other = "--dense" if dense else "--stats"
+        raise InputError(f"{other} and --compare exclude each other: --compare runs dense and sparse")
     if lossless and (dense or compare):
         other = "--dense" if dense else "--compare"
         raise InputError(f"{other} and --lossless exclude each other: lossless decoding is dense, in fewer passes")
@@ -138,10 +147,16 @@ def _write(
     chat: bool | None,
     sampling: dict[str, Any],
     lossless: bool,
+    stats: Path | None,
 ) -> None:
     from sparse_attention_decoder.models.lossless import Lossless
+    from sparse_attention_decoder.models.statistics import Statistics, record
 
+    if stats is not None and (stats.is_dir() or not stats.parent.is_dir()):
+        raise InputError(f"cannot write {stats}: give the name of a file in a folder that is there")
     cache = _cache(decoder)
+    if stats is not None:
+        record(cache)
     drafting = Lossless() if lossless else None
     if drafting is not None:
         sampling = {**sampling, "lossless": drafting}
@@ -156,6 +171,10 @@ def _write(
         _show_held(cache.held)
     if drafting is not None:
         console.print(str(drafting), highlight=False)
+    if stats is not None:
+        found = Statistics.of(cache)
+        stats.write_text("".join(json.dumps(row) + "\n" for row in found.rows()), encoding="utf-8")
+        console.print(f"{found}. {stats} has it by step and layer", markup=False, highlight=False)
 
 
 def demo(

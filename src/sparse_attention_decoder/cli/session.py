@@ -22,7 +22,9 @@ from sparse_attention_decoder.cli.generate import (
 from sparse_attention_decoder.cli.terminal import (
     CompileOption,
     KvOption,
+    MissingOption,
     ModelOption,
+    QualityOption,
     Weights,
     WeightsOption,
     console,
@@ -54,6 +56,8 @@ def read(
     sinks: SinksOption = _DEFAULTS.sink_tokens,
     policy: PolicyOption = _DEFAULTS.policy,
     dense_below: BelowOption = "auto",
+    missing_mass: MissingOption = None,
+    quality: QualityOption = None,
 ) -> None:
     """Read a document once and keep it, to ask about it many times.
 
@@ -74,7 +78,7 @@ def read(
         raise InputError(f"cannot write {out_file}: give the name of a file in a folder that is there")
     config = AttentionConfig(
         top_k, threshold, window, sinks, policy, dense_below=dense_below_of(dense_below),
-        kv_dtype=kv_dtype and kv_dtype.value,
+        kv_dtype=kv_dtype and kv_dtype.value, missing_mass=missing_mass, quality=quality and quality.value,
     )  # fmt: skip
     decoder = load_model(model, config, weights)
     begun = time.perf_counter()

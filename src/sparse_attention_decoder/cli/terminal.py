@@ -32,6 +32,14 @@ class KvDtype(str, Enum):
     int4 = "int4"
 
 
+class Quality(str, Enum):
+    """The presets, as `tables.QUALITIES` has them."""
+
+    fast = "fast"
+    balanced = "balanced"
+    firm = "firm"
+
+
 console = Console(stderr=True)
 # results go to stdout, so that they can be piped; progress and remarks to stderr
 out = Console(soft_wrap=True)
@@ -47,6 +55,17 @@ WeightsOption = Annotated[
 ]
 KvOption = Annotated[
     KvDtype | None, typer.Option("--kv-dtype", help="Keep keys and values in so many bits; int4 is lossy.")
+]
+QualityOption = Annotated[
+    Quality | None,
+    typer.Option("--quality", help="A measured preset in place of threshold, window and missing mass."),
+]
+MissingOption = Annotated[
+    float | None,
+    typer.Option(
+        "--missing-mass",
+        help="Move the threshold so that this estimated share of the attention goes unread, such as 0.03.",
+    ),
 ]
 CompileOption = Annotated[
     bool, typer.Option("--compile", help="Compile the decode step: a minute once for a model, faster from then on.")

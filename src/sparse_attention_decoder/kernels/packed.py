@@ -172,6 +172,11 @@ def plain(x: Tensor | Packed) -> Tensor:
     return x.unpack() if isinstance(x, Packed) else x
 
 
+def numbers_or_nan(x: Tensor | Packed) -> Tensor:
+    """Keys or values as they are, NaN in their place where they are packed: a single number in memory."""
+    return x if isinstance(x, Tensor) else torch.full((), torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
+
+
 def settled(x: Tensor | Packed) -> Tensor | Packed:
     """Keys or values as they are stored or will be: what a summary of them has to be made of."""
     return x.settled() if isinstance(x, Packed) else x

@@ -19,13 +19,17 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Request:
-    """What a backend is asked to serve, so that it can refuse with a reason; kv_dtype: what keys are packed in."""
+    """What a backend is asked to serve, so that it can refuse with a reason.
+
+    kv_dtype: what keys are packed in; sampled: steps read a sample of what lies below the threshold.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     value_dim: int | None = None
     kv_dtype: str | None = None
+    sampled: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,5 +137,6 @@ class Kernels(Protocol):
         floor: int,
         threshold: float,
         scaling: float,
+        sampled: bool = False,
     ) -> tuple[Tensor, Tensor, Selection]:
         """Score, select and attend in one: output [B, Hq, Dv], log-sum-exp [B, Hq], what was chosen."""

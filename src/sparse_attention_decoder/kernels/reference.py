@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels.causal import OneByOne
+from sparse_attention_decoder.kernels.choice import first_best, sample_tail, shares_of
 from sparse_attention_decoder.kernels.packed import Packed, rotated, rows_at, settled
 from sparse_attention_decoder.kernels.protocol import BLOCK, Coded, Request
 from sparse_attention_decoder.kernels.rotation import rotate, unrotate, work_dtype
@@ -130,13 +131,7 @@ class ReferenceKernels(OneByOne):
             Selection, in the order of the text, with the estimated missing mass. Of tokens whose
             share is equal, the first in the text are taken.
         """
-        if middle is not None:
-            logits = logits.masked_fill(~middle[:, None, None], -math.inf)
-        # one pass of exponentials serves the normaliser and the shares
-        peak = torch.maximum(logits.amax(-1), near_lse).unsqueeze(-1)
-        mass = (logits - peak).exp_()
-        total = mass.sum(-1, keepdim=True) + (near_lse.unsqueeze(-1) - peak).exp()
-        share = (mass / total).mean(2)
+        share = shares_of(logits, near_lse, middle)
         candidates = share if middle is None else share.masked_fill(~middle[:, None], -1.0)
         if middle is None:
             counts = torch.full(share.shape[:2], min(floor, share.shape[2]), device=share.device)
@@ -146,7 +141,7 @@ class ReferenceKernels(OneByOne):
             counts = torch.maximum(counts, (candidates > threshold).sum(-1))
         if cap is not None:
             counts = counts.clamp_max(cap)
-        best = _first_best(candidates, int(counts.max()))
+        best = first_best(candidates, int(counts.max()))
         chosen = torch.arange(best.shape[-1], device=best.device) < counts.unsqueeze(-1)
         read = (share.gather(-1, best) * chosen).sum(-1)
         tokens = best.masked_fill(~chosen, share.shape[2]).sort(-1).values.masked_fill(~chosen, 0)
@@ -171,14 +166,8 @@ class ReferenceKernels(OneByOne):
             float64); a row and head without a valid token gives 0 and -inf.
         """
         logits = self.exact_logits(query, keys, tokens, scaling)
-        if valid is not None:
-            logits = logits.masked_fill(~valid.unsqueeze(2), -math.inf)
-        lse = logits.logsumexp(-1)
-        weights = (logits - lse.unsqueeze(-1).clamp_min(torch.finfo(lse.dtype).min)).exp()
-        output = weights @ rows_at(values, tokens).to(weights.dtype)
-        if isinstance(values, Packed):
-            output = unrotate(output)
-        return output.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
+        output, lse = _average(logits, values, tokens, valid)
+        return output.to(query.dtype), lse
 
     def attend_all(
         self, query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, valid: Tensor | None, scaling: float
@@ -228,6 +217,7 @@ class ReferenceKernels(OneByOne):
         floor: int,
         threshold: float,
         scaling: float,
+        sampled: bool = False,
     ) -> tuple[Tensor, Tensor, Selection]:
         """The sparse step: score the middle, choose from it, attend to sinks, window and what was chosen.
 
@@ -236,18 +226,23 @@ class ReferenceKernels(OneByOne):
             coded: covers the middle.
             regions: of the rows; the middle is not empty.
             floor, threshold: as for `select`.
+            sampled: beside those, read a sample of the tokens below the threshold, see `sample_tail`.
         Returns:
-            output [B, Hq, Dv] in the query's dtype, log-sum-exp [B, Hq], and the selection.
+            output [B, Hq, Dv] in the query's dtype, log-sum-exp [B, Hq] (weights included), and the selection.
         """
         logits = self.score(query, coded, regions.low, regions.high, scaling)
         near = regions.near[:, None].expand(-1, keys.shape[1], -1)
         near_logits = self.exact_logits(query, keys, near, scaling)
         if regions.near_valid is not None:
             near_logits = near_logits.masked_fill(~regions.near_valid[:, None, None], -math.inf)
-        selection = self.select(logits, near_logits.logsumexp(-1), regions.low, regions.middle, floor, threshold)
+        near_lse = near_logits.logsumexp(-1)
+        selection = self.select(logits, near_lse, regions.low, regions.middle, floor, threshold)
+        if sampled and threshold > 0:
+            selection = sample_tail(shares_of(logits, near_lse, regions.middle), selection, regions.low, threshold)
         tokens, valid = regions.with_chosen(selection)
-        output, lse = self.attend(query, keys, values, tokens, valid, scaling)
-        return output, lse, selection
+        logits = selection.weigh(self.exact_logits(query, keys, tokens, scaling))
+        output, lse = _average(logits, values, tokens, valid)
+        return output.to(query.dtype), lse, selection
 
 
 REFERENCE = ReferenceKernels()
@@ -279,10 +274,12 @@ def _read(codes: Tensor, size: int, low: int, high: int) -> Tensor:
     return torch.cat([packed & 3, (packed >> 2) & 3, (packed >> 4) & 3, packed >> 6], dim=-1)[..., :size]
 
 
-def _first_best(values: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest of the last axis; of equal ones the first."""
-    more = values.topk(min(count + 1, values.shape[-1]), dim=-1)
-    if bool((more.values[..., 1:] == more.values[..., :-1]).any()):
-        # topk leaves open which of equal values comes first
-        return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return more.indices[..., :count]
+def _average(logits: Tensor, values: Tensor | Packed, tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    if valid is not None:
+        logits = logits.masked_fill(~valid.unsqueeze(2), -math.inf)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.unsqueeze(-1).clamp_min(torch.finfo(lse.dtype).min)).exp()
+    output = weights @ rows_at(values, tokens).to(weights.dtype)
+    if isinstance(values, Packed):
+        output = unrotate(output)
+    return output.flatten(1, 2), lse.flatten(1, 2)

@@ -133,12 +133,17 @@ def _own_label(config: AttentionConfig) -> str:
     if _chosen(config) == _chosen(plain):
         return "sketch, the default"
     budget = f"above {config.threshold:g}" if config.threshold else str(config.top_k)
+    if thresholds(config.policy):
+        budget = f"sampled {budget}" if config.sample_tail else budget
+        budget = config.quality or budget
+        budget += f", missing {config.missing_mass:.3g}" if config.missing_mass is not None else ""
     if config.policy in ("window", "streaming"):
         budget = str(config.attention_window)
     elif not thresholds(config.policy):
         budget = str(config.top_k)
     name = f"{config.policy}, {budget}"
-    if config.attention_window != plain.attention_window and config.policy not in ("window", "streaming"):
+    has_own = config.quality is not None or config.policy in ("window", "streaming")
+    if config.attention_window != plain.attention_window and not has_own:
         name += f", window {config.attention_window}"
     return f"{name} (evicts)" if load(POLICIES[config.policy]).evicts else name
 
@@ -161,16 +166,19 @@ def as_cell(config: AttentionConfig) -> Row:
 
     What was added since the first records is in the cell where it is used: cells without it keep their names.
     """
-    later = ("kv_dtype", "max_cache_tokens", "max_cache_bytes")
+    later = ("kv_dtype", "max_cache_tokens", "max_cache_bytes", "missing_mass", "quality", "sample_tail")
     return {
         name: value
         for name, value in asdict(config).items()
-        if name != "dense_below" and not (name in later and value is None)
+        if name != "dense_below" and not (name in later and value in (None, False))
     }
 
 
 def _chosen(config: AttentionConfig) -> tuple[Any, ...]:
-    return config.policy, config.top_k, config.threshold, config.attention_window, config.sink_tokens
+    return (
+        config.policy, config.top_k, config.threshold, config.attention_window, config.sink_tokens, config.missing_mass,
+        config.sample_tail,
+    )  # fmt: skip
 
 
 def _key(kind: str, cell: Row) -> str:

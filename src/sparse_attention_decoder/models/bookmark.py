@@ -10,8 +10,8 @@ class Bookmark:
 
     Whatever was appended meanwhile is dropped, also by a forward that broke off between two layers. Keys, values
     and sketch are cut, which copies nothing. What cannot be cut is kept as a copy: a sliding window of
-    transformers' own, what a policy saw of the prompt's queries, and the newest tokens of a packed cache, which may be
-    packed meanwhile.
+    transformers' own, what a policy saw of the prompt's queries, where a dial stood, and the newest tokens of a packed
+    cache, which may be packed meanwhile.
     """
 
     def __init__(self, cache: SparseCache) -> None:
@@ -26,9 +26,13 @@ class Bookmark:
             for number, layer in enumerate(cache.layers)
             if isinstance(layer, SparseLayer)
         }
+        # in one copy: they share a loop
+        self._dials = copy.deepcopy([layer.state.dial for layer in cache.sparse_layers])
 
     def go_back(self) -> None:
         """Leave the cache as it was when this bookmark was made; may be called any number of times."""
+        for layer, dial in zip(self._cache.sparse_layers, copy.deepcopy(self._dials), strict=True):
+            layer.state.dial = dial
         for number, kept in enumerate(self._kept):
             layer = self._cache.layers[number]
             if not isinstance(layer, SparseLayer):

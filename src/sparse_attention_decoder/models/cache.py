@@ -13,8 +13,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from sparse_attention_decoder.attention import Decoded, LayerState, decode_step
 from sparse_attention_decoder.cache import Account, KVBuffer
 from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.dial import Dial
 from sparse_attention_decoder.errors import ConfigError, ShapeError, UnsupportedError
-from sparse_attention_decoder.kernels import Packed
+from sparse_attention_decoder.kernels.packed import numbers_or_nan
 from sparse_attention_decoder.models.verifying import takes_steps
 from sparse_attention_decoder.policies import resolve
 from sparse_attention_decoder.ready import Ready
@@ -35,9 +36,9 @@ class SparseLayer(DynamicLayer):
     included, and what cannot do that shows at once.
     """
 
-    def __init__(self, config: AttentionConfig, account: Account | None = None) -> None:
+    def __init__(self, config: AttentionConfig, account: Account | None = None, dial: Dial | None = None) -> None:
         super().__init__()
-        self.state = LayerState(config, account)
+        self.state = LayerState(config, account, dial)
         # with a cap a rollback may come after what it would need has been evicted
         self.is_croppable = not config.is_capped
         # whether the newest views are NaN in place of the history
@@ -56,7 +57,7 @@ class SparseLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """View [B, Hkv, T, D] of the keys held, NaN where they are packed; None before the first."""
-        return _numbers_or_nan(self.state.buffer.keys) if self.is_initialized else None
+        return numbers_or_nan(self.state.buffer.keys) if self.is_initialized else None
 
     @keys.setter
     def keys(self, none: None) -> None:
@@ -65,7 +66,7 @@ class SparseLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """View [B, Hkv, T, Dv] of the values held, as `keys`."""
-        return _numbers_or_nan(self.state.buffer.values) if self.is_initialized else None
+        return numbers_or_nan(self.state.buffer.values) if self.is_initialized else None
 
     @values.setter
     def values(self, none: None) -> None:
@@ -86,7 +87,7 @@ class SparseLayer(DynamicLayer):
         steps = takes_steps(self.state, key_states.shape[2])
         self.hides = buffer.kv_dtype is not None and steps and not under_autograd
         if self.hides:
-            keys, values = _numbers_or_nan(buffer.keys), _numbers_or_nan(buffer.values)
+            keys, values = numbers_or_nan(buffer.keys), numbers_or_nan(buffer.values)
         else:
             keys, values = self.plain()
         if under_autograd:
@@ -162,7 +163,9 @@ class SparseLayer(DynamicLayer):
 
     prefetch = offload
 
-    def reconfigured(self, config: AttentionConfig, account: Account | None = None) -> "SparseLayer":
+    def reconfigured(
+        self, config: AttentionConfig, account: Account | None = None, dial: Dial | None = None
+    ) -> "SparseLayer":
         """A layer over the same buffer that reads it as `config` says, with what the prompt's witness saw.
 
         Raises:
@@ -173,7 +176,7 @@ class SparseLayer(DynamicLayer):
                 f"kv_dtype {config.kv_dtype!r} cannot read a cache of kv_dtype {self.state.config.kv_dtype!r}; "
                 "read the prompt anew under that config"
             )
-        other = SparseLayer(config, account)
+        other = SparseLayer(config, account, dial)
         if self.state.witness is not None:
             # shallow: from here on each sees its own steps
             other.state.witness = copy.copy(self.state.witness)
@@ -186,11 +189,6 @@ class SparseLayer(DynamicLayer):
     def convert(self, kv_dtype: str) -> None:
         """Keep keys and values in fewer bits from now on, see `KVBuffer.convert`."""
         self.state.convert(kv_dtype)
-
-
-def _numbers_or_nan(x: Tensor | Packed) -> Tensor:
-    # NaN in the shape and dtype of what is packed is a single number in memory
-    return x if isinstance(x, Tensor) else torch.full((), torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
 
 
 class SparseCache(DynamicCache):
@@ -207,9 +205,10 @@ class SparseCache(DynamicCache):
     def __init__(self, model_config: PreTrainedConfig, config: AttentionConfig) -> None:
         super().__init__(config=model_config)
         ours = [type(layer) is DynamicLayer for layer in self.layers]
-        self._account = Account(sum(ours))
+        self._account, dial = Account(sum(ours)), Dial.of(config)
         self.layers: list[Any] = [
-            SparseLayer(config, self._account) if own else layer for own, layer in zip(ours, self.layers, strict=True)
+            SparseLayer(config, self._account, dial) if own else layer
+            for own, layer in zip(ours, self.layers, strict=True)
         ]
         self.config = config
 
@@ -252,9 +251,9 @@ class SparseCache(DynamicCache):
         """
         other = copy.copy(self)
         other.config = config
-        other._account = Account(len(self.sparse_layers))
+        other._account, dial = Account(len(self.sparse_layers)), Dial.of(config)
         other.layers = [
-            layer.reconfigured(config, other._account) if isinstance(layer, SparseLayer) else layer
+            layer.reconfigured(config, other._account, dial) if isinstance(layer, SparseLayer) else layer
             for layer in self.layers
         ]
         return other

@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_attention_decoder.attention import LayerState
 from sparse_attention_decoder.kernels.reference import REFERENCE
-from sparse_attention_decoder.selection import Rows
 
 if TYPE_CHECKING:
     from sparse_attention_decoder.models.cache import SparseCache
@@ -34,7 +33,7 @@ def attend_causally(queries: Tensor, state: LayerState, scaling: float) -> Tenso
     keys, values, count = state.buffer.keys, state.buffer.values, queries.shape[2]
     past, config = keys.shape[2] - count, state.config
     # one pass over the cache, however many queries share it
-    state.note(Rows.full(queries.shape[0], keys.shape[2]), [True] * queries.shape[0], None)
+    state.ledger.note(state.buffer, (keys.shape[2],) * queries.shape[0], [True] * queries.shape[0])
     # as `attend_densely` reads contexts within the budget
     short = 0 if state.buffer.kv_dtype is not None else min(count, max(0, config.budget_tokens - past))
     first, kernels = past + short, state.kernels

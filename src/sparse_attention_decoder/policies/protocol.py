@@ -20,6 +20,7 @@ class Step:
     rows, regions: which tokens exist, and which of them are near (always read) or middle.
     scaling: what logits are multiplied by.
     witness: what earlier queries attended to; there for policies that need it.
+    threshold: in force in this step; 0.0 when it is off.
     """
 
     query: Tensor
@@ -31,11 +32,7 @@ class Step:
     kernels: Kernels
     config: AttentionConfig
     witness: Witness | None = None
-
-    @property
-    def threshold(self) -> float:
-        """The threshold in force; 0.0 when it is off."""
-        return self.config.threshold or 0.0
+    threshold: float = 0.0
 
     def read(self, selection: Selection) -> tuple[Tensor, Tensor, Selection]:
         """Attend to sinks, window and what was selected."""

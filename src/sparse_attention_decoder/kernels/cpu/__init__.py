@@ -101,9 +101,10 @@ class CpuKernels(ReferenceKernels):
         floor: int,
         threshold: float,
         scaling: float,
+        sampled: bool = False,
     ) -> tuple[Tensor, Tensor, Selection]:
         """Score, select and attend in one call."""
-        output, lse, tokens, counts, missing = operations.step(
-            query, keys, values, coded, regions, floor, threshold, scaling
+        output, lse, tokens, counts, missing, log_weights = operations.step(
+            query, keys, values, coded, regions, floor, threshold, scaling, sampled=sampled
         )
-        return output, lse, Selection(tokens, counts, missing)
+        return output, lse, Selection(tokens, counts, missing, log_weights=log_weights)

@@ -90,6 +90,8 @@ FIELDS = [
     "whole_value_row",
     "whole_value_head",
     "whole_value_token",
+    "sampled",
+    "log_weights",
 ]
 _LAYOUT = Struct("=" + "".join("d" if name in ("threshold", "scaling") else "q" for name in FIELDS))
 _NOTHING: dict[str, float] = dict.fromkeys(FIELDS, 0)

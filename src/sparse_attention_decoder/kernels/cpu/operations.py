@@ -166,11 +166,13 @@ def step(
     threshold: float,
     scaling: float,
     appended: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Append, score, select and attend in one call: output, log-sum-exp, tokens, counts, missing mass.
+    sampled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Append, score, select and attend in one call: output, log-sum-exp, tokens, counts, missing mass, log weights.
 
     appended: key [B, Hkv, D] and value [B, Hkv, Dv] to write (and code) as the last of the cached tokens;
         None where they are there already.
+    sampled: read a sample of what lies below the threshold too; without it there are no log weights.
     """
     check_cache(query, keys, values)
     batch, heads, length, dim = keys.shape
@@ -191,14 +193,17 @@ def step(
     key, value = (None, None) if appended is None else (x.contiguous() for x in appended)
     width = max(0, regions.high - regions.low)
     tokens, counts, missing = _chosen(batch, heads, width)
+    log_weights = torch.empty(batch, heads, width) if sampled and threshold > 0 else None
     most = call(
         "sad_step", _query(query, heads), cache_fields(keys, values), sketch_fields(coded), output=_at(output),
         lse=_at(lse), near=_at(near), near_valid=_at(near_valid), near_count=regions.near.shape[1], low=regions.low,
         high=regions.high, middle=_at(middle), floor=floor, cap=-1, threshold=threshold, scaling=scaling,
         tokens=_at(tokens), tokens_room=width, counts=_at(counts), missing=_at(missing), new_key=_at(key),
-        new_value=_at(value), count=int(appended is not None),
+        new_value=_at(value), count=int(appended is not None), sampled=int(log_weights is not None),
+        log_weights=_at(log_weights),
     )  # fmt: skip
-    return output, lse, tokens[..., :most], counts, missing
+    weights = None if log_weights is None else log_weights[..., :most]
+    return output, lse, tokens[..., :most], counts, missing, weights
 
 
 def _attend(

@@ -70,7 +70,7 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     coded = Coded(codes, factors, Statistics(mean, deviation))
     regions = Rows.full(keys.shape[0], keys.shape[2]).regions(sinks, window, keys.device)
-    output, lse, _, counts, missing = operations.step(
+    output, lse, _, counts, missing, _ = operations.step(
         query, keys, values, coded, regions, floor, threshold, scaling, (key, value)
     )
     return output, lse, counts, missing

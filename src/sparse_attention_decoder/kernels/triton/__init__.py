@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from sparse_attention_decoder.errors import ShapeError
+from sparse_attention_decoder.errors import BackendError, ShapeError
 from sparse_attention_decoder.kernels.checks import FLOATS
 from sparse_attention_decoder.kernels.packed import Packed
 from sparse_attention_decoder.kernels.protocol import Coded, Request
@@ -29,6 +29,8 @@ class TritonKernels(ReferenceKernels):
         """Needs triton, a CUDA device of compute capability 8.0, 16- or 32-bit floats, heads of 16 to 256 channels."""
         if request.kv_dtype is not None:
             return f"keys and values in {request.kv_dtype} are read by the backends cpu and reference alone"
+        if request.sampled:
+            return "a sample of what lies below the threshold is read by the backends cpu and reference alone"
         if find_spec("triton") is None:
             return "triton is not installed (pip install 'sparse-attention-decoder[gpu]')"
         if request.device.type != "cuda":
@@ -98,10 +100,13 @@ class TritonKernels(ReferenceKernels):
         floor: int,
         threshold: float,
         scaling: float,
+        sampled: bool = False,
     ) -> tuple[Tensor, Tensor, Selection]:
         """Score, select and attend, without a word from the device to the host in between."""
         from sparse_attention_decoder.kernels.triton.step import step
 
+        if sampled:
+            raise BackendError("Triton's step reads no sample; use sample_tail=False, or backend cpu or reference")
         output, lse, tokens, counts, missing = step(
             query, _whole(keys), _whole(values), coded, regions, floor, threshold, scaling
         )
