@@ -272,12 +272,14 @@ int read_all(const sad_call* c) {
   return SAD_OK;
 }
 
-#define SAD_BY_TYPE(op)                                  \
-  if (c->cache_type == SAD_INT4) return op<i4>(c);       \
-  if (c->cache_type == SAD_INT8) return op<i8>(c);       \
+#define SAD_BY_FLOAT(op)                                 \
   if (c->cache_type == SAD_BFLOAT16) return op<bf16>(c); \
   if (c->cache_type == SAD_FLOAT16) return op<f16>(c);   \
   return op<float>(c);
+#define SAD_BY_TYPE(op)                            \
+  if (c->cache_type == SAD_INT4) return op<i4>(c); \
+  if (c->cache_type == SAD_INT8) return op<i8>(c); \
+  SAD_BY_FLOAT(op)
 
 }  // namespace
 
@@ -285,5 +287,5 @@ int SAD_NAMED(score)(const sad_call* c) { return score(c); }
 int SAD_NAMED(select)(const sad_call* c) { return select(c); }
 int SAD_NAMED(attend)(const sad_call* c) { SAD_BY_TYPE(append_and_attend) }
 int SAD_NAMED(step)(const sad_call* c) { SAD_BY_TYPE(step) }
-int SAD_NAMED(verify)(const sad_call* c) { SAD_BY_TYPE(verify) }
+int SAD_NAMED(verify)(const sad_call* c) { SAD_BY_FLOAT(verify) }
 int SAD_NAMED(read)(const sad_call* c) { return read_all(c); }

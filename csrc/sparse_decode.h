@@ -117,7 +117,7 @@ int sad_select(const sad_call* call);
 // `length`, middle marking those that count
 int sad_attend(const sad_call* call);
 // query [B, Hkv, count, G, D], `group` being count * G: `count` queries of the newest tokens, each seeing what is before it
-// and itself -> output and lse in the same order
+// and itself -> output and lse in the same order; of a cache that is not packed
 int sad_verify(const sad_call* call);
 // append (where there is a new token), score, select and attend in one call; answers the largest of the counts
 int sad_step(const sad_call* call);
