@@ -1,13 +1,20 @@
 """AttentionConfig: how many tokens a decode step may read, and who chooses them."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 from sparse_attention_decoder.errors import ConfigError
 from sparse_attention_decoder.tables import BACKENDS, KV_BITS, POLICIES
 
 # policies that read what a cap leaves; the others keep or evict by rules of their own
 CAPPED = ("sketch", "dense", "window")
+# policies that obey a threshold
+SCALED = ("sketch", "oracle")
+_LARGEST = 0.999
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,13 @@ class AttentionConfig:
             dense and window.
         max_cache_bytes: bytes that keys, values and sketch of all layers and rows may take together. Precision
             goes first, to int8 and then to int4; what is beyond even so is evicted.
+        far_field: how much of the far field is added to a step's output, from 0 to 1: the mean value of all cached
+            tokens, times the share of attention that a head is estimated to leave unread. No bytes to speak of. For
+            policies sketch and oracle, not for the backend triton. docs/experiments.md, 21 has what it gains.
+        layer_scales: what the threshold is multiplied by in each full-attention layer of the model, in order; a layer
+            of None is read whole. None is 1.0 for all. `sparse-decoder tune` finds them.
+        tuned_for: the model that this was tuned for, see `models.identity.of`: another architecture is refused, other
+            weights are warned of.
     Raises:
         ConfigError: a value that cannot work; the message gives one that would.
     What the defaults keep is measured in benchmarks/report/report.md; docs/experiments.md says what
@@ -57,6 +71,9 @@ class AttentionConfig:
     kv_dtype: str | None = None
     max_cache_tokens: int | None = None
     max_cache_bytes: int | None = None
+    far_field: float = 0.0
+    layer_scales: tuple[float | None, ...] | None = None
+    tuned_for: str | None = None
 
     def __post_init__(self) -> None:
         _require_count("top_k", self.top_k, 1, 'to retrieve nothing use policy="window"')
@@ -84,6 +101,48 @@ class AttentionConfig:
                 f"kv_dtype is {self.kv_dtype!r}; choose one of {', '.join(KV_BITS)}, or None to keep them whole"
             )
         self._check_caps()
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        if self.layer_scales is not None:
+            # JSON has lists alone
+            object.__setattr__(self, "layer_scales", _scales(self.layer_scales))
+            if self.policy not in SCALED or not self.threshold:
+                raise ConfigError(
+                    f"layer_scales multiply a threshold, and policy {self.policy!r} with threshold {self.threshold!r} "
+                    f"has none; use one of {', '.join(SCALED)} with a threshold above 0, or no layer_scales"
+                )
+        is_number = isinstance(self.far_field, (int, float)) and not isinstance(self.far_field, bool)
+        if not is_number or not 0 <= self.far_field <= 1:
+            raise ConfigError(f"far_field is {self.far_field!r}; expected a number from 0 (off) to 1 (all of it)")
+        if self.far_field and self.policy not in SCALED:
+            raise ConfigError(
+                f"far_field needs estimated shares of attention, which policy {self.policy!r} has none of; use one of "
+                f"{', '.join(SCALED)}"
+            )
+        if self.tuned_for is not None and not isinstance(self.tuned_for, str):
+            raise ConfigError(f"tuned_for is {self.tuned_for!r}; expected what `models.identity.of` gives, or None")
+
+    def of_layers(self, count: int) -> list["AttentionConfig"]:
+        """What each of a model's `count` full-attention layers reads.
+
+        Raises:
+            ConfigError: layer_scales are of another number of layers.
+        """
+        if self.layer_scales is None:
+            return [self] * count
+        if len(self.layer_scales) != count:
+            raise ConfigError(
+                f"layer_scales are of {len(self.layer_scales)} layers, and this model has {count} with full attention; "
+                "`sparse-decoder tune` finds those of a model"
+            )
+        return [self._of(scale) for scale in self.layer_scales]
+
+    def _of(self, scale: float | None) -> "AttentionConfig":
+        if scale is None:
+            return replace(self, policy="dense", far_field=0.0, layer_scales=None)
+        # a share of attention is below 1: one that would not be asks for nothing but the floor, as this does
+        return replace(self, threshold=min((self.threshold or 0.0) * scale, _LARGEST), layer_scales=None)
 
     def _check_caps(self) -> None:
         if self.max_cache_tokens is not None:
@@ -120,24 +179,59 @@ class AttentionConfig:
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
+    def load(cls, path: str | PathLike[str]) -> "AttentionConfig":
+        """Read a file that `sparse-decoder tune` wrote (its evidence is in there too), or one of `to_json`.
+
+        Raises:
+            ConfigError: it cannot be read, or holds no config.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read a config from {path}: {error}") from error
+        values = _object(text)
+        return cls._of_values(values["config"] if isinstance(values.get("config"), dict) else values)
+
+    @classmethod
     def from_json(cls, text: str) -> "AttentionConfig":
         """Read back what `to_json` wrote; keys left out take their default.
 
         Raises:
             ConfigError: not a JSON object, an unknown key, or a value that cannot work.
         """
-        try:
-            values = json.loads(text)
-        # beside malformed text: numbers of thousands of digits, and nesting deeper than Python's stack
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"not JSON: {error}; expected an object as AttentionConfig.to_json writes it") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f'JSON holds a {type(values).__name__}; expected an object such as {{"top_k": 32}}')
+        return cls._of_values(_object(text))
+
+    @classmethod
+    def _of_values(cls, values: dict[str, Any]) -> "AttentionConfig":
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ConfigError(f"unknown key {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
         return cls(**values)
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    # beside malformed text: numbers of thousands of digits, and nesting deeper than Python's stack
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not JSON: {error}; expected an object as AttentionConfig.to_json writes it") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f'JSON holds a {type(values).__name__}; expected an object such as {{"top_k": 32}}')
+    return values
+
+
+def _scales(values: object) -> tuple[float | None, ...]:
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ConfigError(f"layer_scales is {values!r}; expected a number for each full-attention layer, or None")
+    for number, value in enumerate(values):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
+            raise ConfigError(
+                f"layer_scales has {value!r} for layer {number}; expected a finite number above 0, or None to read "
+                "that layer whole"
+            )
+    return tuple(values)
 
 
 def _require_count(name: str, value: object, least: int, hint: str, unit: str = "tokens") -> None:

@@ -130,12 +130,14 @@ class Selection:
     missing_mass: [B, Hkv] float32, estimated share of the attention (mean over the query heads)
         on tokens left unread; an estimate, biased low, and no bound. None where no policy estimates.
     index_bytes: bytes read from the index, all rows and heads, to choose them.
+    head_missing: [B, Hq] float32, the missing mass of each query head; None where no backend gives it.
     """
 
     tokens: Tensor
     counts: Tensor
     missing_mass: Tensor | None = None
     index_bytes: int = 0
+    head_missing: Tensor | None = None
 
     @property
     def chosen(self) -> Tensor:

@@ -2,9 +2,10 @@
 
 from sparse_attention_decoder.cache.buffer import KVBuffer
 from sparse_attention_decoder.cache.cap import Account, Cap
+from sparse_attention_decoder.cache.far import FarField
 from sparse_attention_decoder.cache.index import Index
 from sparse_attention_decoder.cache.sketch import Sketch
 from sparse_attention_decoder.cache.survivors import Survivors
 from sparse_attention_decoder.cache.witness import Witness
 
-__all__ = ["Account", "Cap", "Index", "KVBuffer", "Sketch", "Survivors", "Witness"]
+__all__ = ["Account", "Cap", "FarField", "Index", "KVBuffer", "Sketch", "Survivors", "Witness"]

@@ -134,7 +134,7 @@ class ReferenceKernels:
         peak = torch.maximum(logits.amax(-1), near_lse).unsqueeze(-1)
         mass = (logits - peak).exp_()
         total = mass.sum(-1, keepdim=True) + (near_lse.unsqueeze(-1) - peak).exp()
-        share = (mass / total).mean(2)
+        share = (shares := mass / total).mean(2)
         candidates = share if middle is None else share.masked_fill(~middle[:, None], -1.0)
         if middle is None:
             counts = torch.full(share.shape[:2], min(floor, share.shape[2]), device=share.device)
@@ -146,9 +146,10 @@ class ReferenceKernels:
             counts = counts.clamp_max(cap)
         best = _first_best(candidates, int(counts.max()))
         chosen = torch.arange(best.shape[-1], device=best.device) < counts.unsqueeze(-1)
-        read = (share.gather(-1, best) * chosen).sum(-1)
+        read = (torch.take_along_dim(shares, best.unsqueeze(2), -1) * chosen.unsqueeze(2)).sum(-1)
         tokens = best.masked_fill(~chosen, share.shape[2]).sort(-1).values.masked_fill(~chosen, 0)
-        return Selection(tokens + low, counts, (share.sum(-1) - read).clamp_min(0))
+        left = (shares.sum(-1) - read).clamp_min(0)
+        return Selection(tokens + low, counts, left.mean(2), head_missing=left.flatten(1))
 
     def attend(
         self,

@@ -196,14 +196,19 @@ class SparseCache(DynamicCache):
         config: what a decode step reads.
     Everything a transformers cache does works and keeps the sketch in step: crop, reorder_cache,
     batch_repeat_interleave, batch_select_indices, reset. `reads` says what was read, `held` what is held.
+
+    Raises:
+        ConfigError: layer_scales of another number of layers.
     """
 
     def __init__(self, model_config: PreTrainedConfig, config: AttentionConfig) -> None:
         super().__init__(config=model_config)
         ours = [type(layer) is DynamicLayer for layer in self.layers]
         self._account = Account(sum(ours))
+        of_layers = iter(config.of_layers(sum(ours)))
         self.layers: list[Any] = [
-            SparseLayer(config, self._account) if own else layer for own, layer in zip(ours, self.layers, strict=True)
+            SparseLayer(next(of_layers), self._account) if own else layer
+            for own, layer in zip(ours, self.layers, strict=True)
         ]
         self.config = config
 
@@ -242,13 +247,14 @@ class SparseCache(DynamicCache):
         prompt's queries comes along, see `watch`.
 
         Raises:
-            ConfigError: another kv_dtype.
+            ConfigError: another kv_dtype, or layer_scales of another number of layers.
         """
         other = copy.copy(self)
         other.config = config
         other._account = Account(len(self.sparse_layers))
+        of_layers = iter(config.of_layers(len(self.sparse_layers)))
         other.layers = [
-            layer.reconfigured(config, other._account) if isinstance(layer, SparseLayer) else layer
+            layer.reconfigured(next(of_layers), other._account) if isinstance(layer, SparseLayer) else layer
             for layer in self.layers
         ]
         return other

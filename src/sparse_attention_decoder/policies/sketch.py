@@ -1,5 +1,6 @@
 """The default: score a 2-bit sketch of every key, read every token above a share of attention."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -60,4 +61,4 @@ def _coded(step: Step) -> Coded:
 def _with_cost(step: Step, chosen: Selection) -> Selection:
     scored = sum(step.regions.middle_counts) * step.buffer.shape[1]
     cost = scored * step.index.coded.bytes_per_token
-    return Selection(chosen.tokens, chosen.counts, chosen.missing_mass, cost)
+    return replace(chosen, index_bytes=cost)

@@ -88,22 +88,22 @@ def score(query: Tensor, coded: Coded, low: int, high: int, scaling: float, out:
 
 def select(
     logits: Tensor, near_lse: Tensor, low: int, middle: Tensor | None, floor: int, threshold: float, cap: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B, Hkv, M] of which the first counts [B, Hkv] are chosen, and the missing mass [B, Hkv]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens [B, Hkv, M], the first counts [B, Hkv] of them chosen; missing mass [B, Hkv], and of each head [B, Hq]."""
     batch, heads, group, width = logits.shape
     check_shape("near_lse", near_lse, (batch, heads, group), torch.float32)
     check_shape("logits", logits, (batch, heads, group, width), torch.float32)
     check_shape("middle", middle, (batch, width), torch.bool)
     logits, near_lse = logits.contiguous(), near_lse.contiguous()
     middle = None if middle is None else middle.contiguous()
-    tokens, counts, missing = _chosen(batch, heads, width)
+    tokens, counts, missing, of_heads = _chosen(batch, heads, group, width)
     call(
         "sad_select", batch=batch, kv_heads=heads, group=group, dim=8, value_dim=8, logits=_at(logits),
         near_lse=_at(near_lse), low=low, high=low + width, middle=_at(middle), floor=floor,
         cap=-1 if cap is None else cap, threshold=threshold, tokens=_at(tokens), tokens_room=width,
-        counts=_at(counts), missing=_at(missing),
+        counts=_at(counts), missing=_at(missing), head_missing=_at(of_heads),
     )  # fmt: skip
-    return tokens, counts, missing
+    return tokens, counts, missing, of_heads
 
 
 def attend(
@@ -142,8 +142,8 @@ def step(
     threshold: float,
     scaling: float,
     appended: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Append, score, select and attend in one call: output, log-sum-exp, tokens, counts, missing mass.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Append, score, select and attend in one call: output, log-sum-exp, tokens, counts, missing mass, also by head.
 
     appended: key [B, Hkv, D] and value [B, Hkv, Dv] to write (and code) as the last of the cached tokens;
         None where they are there already.
@@ -166,15 +166,15 @@ def step(
         regions.near, regions.near_valid, regions.middle))  # fmt: skip
     key, value = (None, None) if appended is None else (x.contiguous() for x in appended)
     width = max(0, regions.high - regions.low)
-    tokens, counts, missing = _chosen(batch, heads, width)
+    tokens, counts, missing, of_heads = _chosen(batch, heads, query.shape[1] // heads, width)
     most = call(
         "sad_step", _query(query, heads), _cache(keys, values), _sketch(coded), output=_at(output),
         lse=_at(lse), near=_at(near), near_valid=_at(near_valid), near_count=regions.near.shape[1], low=regions.low,
         high=regions.high, middle=_at(middle), floor=floor, cap=-1, threshold=threshold, scaling=scaling,
-        tokens=_at(tokens), tokens_room=width, counts=_at(counts), missing=_at(missing), new_key=_at(key),
-        new_value=_at(value),
+        tokens=_at(tokens), tokens_room=width, counts=_at(counts), missing=_at(missing),
+        head_missing=_at(of_heads), new_key=_at(key), new_value=_at(value),
     )  # fmt: skip
-    return output, lse, tokens[..., :most], counts, missing
+    return output, lse, tokens[..., :most], counts, missing, of_heads
 
 
 def _attend(
@@ -201,11 +201,12 @@ def _results(query: Tensor, values: Tensor | Packed) -> tuple[Tensor, Tensor]:
     return torch.empty((batch, heads, values.shape[3]), dtype=query.dtype), torch.empty((batch, heads))
 
 
-def _chosen(batch: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _chosen(batch: int, heads: int, group: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty(batch, heads, width, dtype=torch.int64),
         torch.empty(batch, heads, dtype=torch.int64),
         torch.empty(batch, heads),
+        torch.empty(batch, heads * group),
     )
 
 
