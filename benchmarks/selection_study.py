@@ -113,12 +113,10 @@ def main() -> None:
     decoder = SparseAttention(AttentionConfig(policy="dense"))
     scales: dict[bool, tuple[float | None, ...]] = {}
 
-    def rehearsal(paths: list[Path]) -> Rehearsal:
+    def rehearsal(paths: list[Path], context: int = given.context, tokens: int = TOKENS) -> Rehearsal:
         found = {path.stem: path.read_text("utf-8") for path in paths}
-        ids = passages(
-            found, lambda part: list(decoder.require_tokenizer()(part).input_ids), given.context + TOKENS + 1
-        )
-        return Rehearsal(decoder, ids, given.context)
+        ids = passages(found, lambda part: list(decoder.require_tokenizer()(part).input_ids), context + tokens + 1)
+        return Rehearsal(decoder, ids, context)
 
     def tell(path: Path, variant: str, config: AttentionConfig, found: Rehearsed) -> None:
         line = {"text": path.stem, "context": given.context, "variant": variant, "threshold": config.threshold,
@@ -133,6 +131,15 @@ def main() -> None:
         search = Search(seen, Target(max_kl=1.0), lambda words: print(words, file=sys.stderr))
         scales[far] = search.scales(replace(PLAIN, threshold=6e-5 if far else 3e-5, far_field=float(far)))
         print(json.dumps({"scales": scales[far], "far_field": far}), flush=True)
+    for path in given.unseen:
+        # the same 64 tokens behind 256 that were decoded sparsely, and behind those read densely: all that a
+        # correction of the cache could gain
+        sparse, corrected = rehearsal([path], tokens=320), rehearsal([path], given.context + 256, 64)
+        for config in (PLAIN, FAR):
+            late = sparse.run(config)
+            late = replace(late, kl=late.kl[-64:], ce_change=late.ce_change[-64:])
+            tell(path, f"far field {config.far_field:g}, behind 256 sparse tokens", config, late)
+            tell(path, f"far field {config.far_field:g}, behind 256 corrected", config, corrected.run(config))
     for path in [*given.texts, *given.unseen]:
         own = rehearsal([path])
         for threshold in (3e-4, 1e-4, 3e-5):

@@ -14,11 +14,12 @@ from tiny import build, prompt, replay
 from sparse_attention_decoder import AttentionConfig, SparseAttention, SparseCache, enable
 from sparse_attention_decoder.errors import ConfigError, InputError, TargetError, UnsupportedError
 from sparse_attention_decoder.measure import tune
+from sparse_attention_decoder.measure.doctor import facts
 from sparse_attention_decoder.measure.quality import compare
 from sparse_attention_decoder.measure.rehearsal import Rehearsal
 from sparse_attention_decoder.measure.tune import Search, Target
 from sparse_attention_decoder.measure.tuned import Plan, halves
-from sparse_attention_decoder.models import identity
+from sparse_attention_decoder.models import identity, tuned
 
 SMALL = AttentionConfig(top_k=4, threshold=3e-3, attention_window=8, sink_tokens=2, dense_below=0)
 DENSE = AttentionConfig(policy="dense")
@@ -122,6 +123,41 @@ def test_a_config_for_another_model_is_refused_and_other_weights_are_warned_of(
         enable(other, replace(own, tuned_for=None))
 
 
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AttentionConfig:
+    """A config tuned for the tiny llama, as if it came with the package."""
+    config = replace(SMALL, far_field=0.5, tuned_for=identity.of(build("llama")))
+    found = {"config": json.loads(config.to_json()), "tuned_for": "tiny"}
+    (tmp_path / "tiny.json").write_text(json.dumps(found))
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    return config
+
+
+def test_a_model_that_a_config_is_shipped_for_is_read_with_it_unless_told_otherwise(
+    shipped: AttentionConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    tuned._say.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert SparseAttention(model=build("llama")).config == shipped
+        assert SparseAttention(model=build("llama")).config == shipped
+    assert caplog.text.count("the default is a config tuned for it") == 1
+    assert SparseAttention(AttentionConfig(), build("llama")).config == AttentionConfig()
+    cache = enable(build("llama"))(prompt(1, 40)).past_key_values
+    assert cache.config == shipped
+    for other in (build("llama", seed=1), build("qwen2"), build("llama", dtype=torch.bfloat16)):
+        assert SparseAttention(model=other).config == AttentionConfig()
+    assert ("default for tiny", "tuned: threshold 0.003, window 8, floor 4, far field times 0.5") in facts()
+
+
+def test_every_config_we_ship_has_its_evidence_and_beat_the_plain_default() -> None:
+    for name, config in tuned.shipped().items():
+        found = next(found for path in tuned.FOLDER.glob("*.json") if (found := tuned._read(path))["tuned_for"] == name)
+        own, plain = found["held_out"]["tuned"], found["held_out"]["default"]
+        assert config.tuned_for and config.dense_below is None
+        assert own["kl"] <= found["target"]["max_kl"]
+        assert own["share_read"] < plain["share_read"]
+
+
 # --- the rehearsal
 
 
@@ -169,7 +205,7 @@ def test_a_target_dials_the_threshold_to_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert loose.strain <= 1
     assert tight.found.share_read > loose.found.share_read
     monkeypatch.setattr(tune, "LEAST", 0.01)
-    with pytest.raises(TargetError, match="even a threshold of 0.01 loses more"):
+    with pytest.raises(TargetError, match=r"even a threshold of 0\.01 loses more"):
         Search(rehearsal, Target(max_kl=1e-12)).run(SMALL)
 
 

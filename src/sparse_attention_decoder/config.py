@@ -50,7 +50,7 @@ class AttentionConfig:
             goes first, to int8 and then to int4; what is beyond even so is evicted.
         far_field: how much of the far field is added to a step's output, from 0 to 1: the mean value of all cached
             tokens, times the share of attention that a head is estimated to leave unread. No bytes to speak of. For
-            policies sketch and oracle, not for the backend triton. docs/experiments.md, 21 has what it gains.
+            policies sketch and oracle, not for the backend triton. docs/experiments.md has what it gains.
         layer_scales: what the threshold is multiplied by in each full-attention layer of the model, in order; a layer
             of None is read whole. None is 1.0 for all. `sparse-decoder tune` finds them.
         tuned_for: the model that this was tuned for, see `models.identity.of`: another architecture is refused, other

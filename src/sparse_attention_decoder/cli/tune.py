@@ -68,12 +68,9 @@ def tune(
 
 
 def _show(found: "Tuned") -> None:
-    config = found.config
-    scales = [scale for scale in config.layer_scales or () if scale is not None]
-    told = f"threshold {config.threshold:.2g}, window {config.attention_window}, floor {config.top_k}"
-    told += f", far field times {config.far_field:g}" if config.far_field else ""
-    told += f", layers times {min(scales):g} to {max(scales):g}" if scales else ""
-    out.print(told, markup=False, highlight=False)
+    from sparse_attention_decoder.models.tuned import told
+
+    out.print(told(found.config), markup=False, highlight=False)
     for name, result in found.evidence["held_out"].items():
         low, high = result["kl_ci"]
         change = f"perplexity {result['ppl_change']:+.2%}"

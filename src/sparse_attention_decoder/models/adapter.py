@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import NonFiniteError, UnsupportedError
-from sparse_attention_decoder.models import compiled, families, identity
+from sparse_attention_decoder.models import compiled, families, identity, tuned
 from sparse_attention_decoder.models.cache import LAYER_TAG, STOCK_TAG, SparseCache, SparseLayer
 from sparse_attention_decoder.models.packed import named_scales
 from sparse_attention_decoder.models.static import StaticSparseCache, StaticSparseLayer
@@ -54,14 +54,14 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
 
     Args:
         model: a transformers causal LM, already loaded.
-        config: what a decode step reads; the measured default if left out.
+        config: what a decode step reads; the model's own default if left out, see `models.tuned.default_for`.
     Raises:
         UnsupportedError: a family that cannot be hooked, by name.
         NonFiniteError: a weight holds NaN or infinity.
         ConfigError: a config tuned for another architecture, or of another number of layers.
     Calling it again replaces the config. `disable` takes it off.
     """
-    config = config or AttentionConfig()
+    config = config or tuned.default_for(model)
     families.check(model, config.kv_dtype)
     _require_finite_weights(model)
     identity.check(model, config)

@@ -18,7 +18,10 @@ FOLDER = Path(__file__).with_name("tuned_configs")
 
 
 def default_for(model: PreTrainedModel) -> AttentionConfig:
-    """The config tuned for exactly these weights, or `AttentionConfig()`. Which it is, is logged once at info."""
+    """The config tuned for exactly these weights, on a CPU, or the plain one. A tuned one is logged once at info."""
+    if model.device.type != "cpu":
+        # measured on a CPU alone
+        return AttentionConfig()
     architecture = identity.architecture(model.config)
     for config in shipped().values():
         # weights are only looked at where the architecture fits: it takes a pass over them
@@ -32,6 +35,14 @@ def default_for(model: PreTrainedModel) -> AttentionConfig:
 def shipped() -> dict[str, AttentionConfig]:
     """Every config we ship, by the name of its model."""
     return {_read(path)["tuned_for"]: AttentionConfig.load(path) for path in sorted(FOLDER.glob("*.json"))}
+
+
+def told(config: AttentionConfig) -> str:
+    """What a tuned config reads, in words."""
+    words = f"threshold {config.threshold:.2g}, window {config.attention_window}, floor {config.top_k}"
+    words += f", far field times {config.far_field:g}" if config.far_field else ""
+    scales = [scale for scale in config.layer_scales or () if scale is not None]
+    return f"{words}, layers times {min(scales):g} to {max(scales):g}" if scales else words
 
 
 def _read(path: Path) -> dict[str, Any]:
