@@ -140,6 +140,8 @@ def _own_label(config: AttentionConfig) -> str:
     name = f"{config.policy}, {budget}"
     if config.attention_window != plain.attention_window and config.policy not in ("window", "streaming"):
         name += f", window {config.attention_window}"
+    name += f", far field {config.far_field:g}" if config.far_field else ""
+    name += ", by layer" if config.layer_scales else ""
     return f"{name} (evicts)" if load(POLICIES[config.policy]).evicts else name
 
 
@@ -161,16 +163,19 @@ def as_cell(config: AttentionConfig) -> Row:
 
     What was added since the first records is in the cell where it is used: cells without it keep their names.
     """
-    later = ("kv_dtype", "max_cache_tokens", "max_cache_bytes")
+    later = ("kv_dtype", "max_cache_tokens", "max_cache_bytes", "far_field", "layer_scales", "tuned_for")
     return {
         name: value
         for name, value in asdict(config).items()
-        if name != "dense_below" and not (name in later and value is None)
+        if name != "dense_below" and not (name in later and not value)
     }
 
 
 def _chosen(config: AttentionConfig) -> tuple[Any, ...]:
-    return config.policy, config.top_k, config.threshold, config.attention_window, config.sink_tokens
+    return (
+        config.policy, config.top_k, config.threshold, config.attention_window, config.sink_tokens,
+        config.far_field, config.layer_scales,
+    )  # fmt: skip
 
 
 def _key(kind: str, cell: Row) -> str:

@@ -122,7 +122,8 @@ def halves(texts: dict[str, str], decoder: SparseAttention, plan: Plan) -> tuple
     Raises:
         InputError: a text is too short.
     """
-    first, second = [], []
+    first: list[list[int]] = []
+    second: list[list[int]] = []
     for name, text in texts.items():
         ids: Any = decoder.require_tokenizer()(text[:_CHARACTERS], add_special_tokens=False).input_ids
         half = len(ids) // 2

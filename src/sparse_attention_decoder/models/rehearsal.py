@@ -40,7 +40,7 @@ def rehearse(model: PreTrainedModel, cache: SparseCache, ids: Tensor, parts: Seq
     finally:
         model.set_attn_implementation(previous)
         for layer in cache.sparse_layers:
-            vars(layer).pop(_PART, None)
+            setattr(layer, _PART, None)
         cache.crop(held - cache.get_seq_length())
 
 
