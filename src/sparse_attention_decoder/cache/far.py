@@ -62,19 +62,26 @@ class FarField:
         share = self._strength * missing.view(*heads.shape[:3], 1).to(mean.dtype)
         return torch.lerp(heads.to(mean.dtype), mean.unsqueeze(2), share).flatten(1, 2).to(output.dtype)
 
+    def _mean_of(self, values: Tensor | Packed, rows: Rows) -> Tensor:
+        if self._rows is not None and not rows.same_past(self._rows, max(self._reach)):
+            # a token that the mean was taken of has been masked since
+            self._fitted = [-1] * len(self._fitted)
+        self._rows = rows
+        targets = [fit_length(count) for count in rows.counts]
+        if self._mean is None or targets != self._fitted:
+            self._mean = self._refitted(values, rows, targets)
+        return self._mean
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _mean_of(self, values: Tensor | Packed, rows: Rows) -> Tensor:
+    def _refitted(self, values: Tensor | Packed, rows: Rows, targets: list[int]) -> Tensor:
         if self._mean is None:
             batch, heads, _, dim = values.shape
             self._mean = torch.zeros(batch, heads, dim, dtype=_work(values), device=values.device)
             self._fitted, self._reach = [-1] * batch, [0] * batch
-        elif self._rows is not None and not rows.same_past(self._rows, max(self._reach)):
-            self._fitted = [-1] * len(self._fitted)
-        self._rows = rows
-        for row, count in enumerate(rows.counts):
-            if fit_length(count) != self._fitted[row]:
-                self._fit_row(row, values, rows, fit_length(count))
+        for row, target in enumerate(targets):
+            if self._fitted[row] != target:
+                self._fit_row(row, values, rows, target)
         return self._mean
 
     def _fit_row(self, row: int, values: Tensor | Packed, rows: Rows, tokens: int) -> None:
