@@ -20,6 +20,7 @@ from sparse_attention_decoder.measure.rehearsal import Rehearsal
 from sparse_attention_decoder.measure.tune import Search, Target
 from sparse_attention_decoder.measure.tuned import Plan, halves
 from sparse_attention_decoder.models import identity, tuned
+from sparse_attention_decoder.tables import POLICIES
 
 SMALL = AttentionConfig(top_k=4, threshold=3e-3, attention_window=8, sink_tokens=2, dense_below=0)
 DENSE = AttentionConfig(policy="dense")
@@ -156,6 +157,15 @@ def test_every_config_we_ship_has_its_evidence_and_beat_the_plain_default() -> N
         assert config.tuned_for and config.dense_below is None
         assert own["kl"] <= found["target"]["max_kl"]
         assert own["share_read"] < plain["share_read"]
+
+
+def test_a_cache_of_a_tuned_config_serves_every_policy() -> None:
+    decoder = SparseAttention(replace(SMALL, far_field=0.5, layer_scales=(1.0, 2.0)), build("llama"))
+    cache = decoder.prefill(prompt(1, 60), watched=POLICIES)
+    for policy in POLICIES:
+        other = cache.reconfigured(replace(SMALL, policy=policy))
+        assert decoder.model(prompt(1, 1), past_key_values=other).logits.isfinite().all()
+        cache.crop(60 - cache.get_seq_length())
 
 
 # --- the rehearsal

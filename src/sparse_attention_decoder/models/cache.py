@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -236,7 +235,7 @@ class SparseCache(DynamicCache):
             ConfigError: no such policy.
         """
         for name in policies:
-            policy = resolve(replace(self.config, policy=name).policy)
+            policy = resolve(AttentionConfig(policy=name).policy)
             for layer in self.sparse_layers:
                 layer.state.watch(policy)
 
