@@ -70,6 +70,23 @@ inline float share_out(Scores s, int64_t group, const float* near_lse, float* al
   return all;
 }
 
+// What each head leaves unread, of the masses and factors that `share_out` left and what the group leaves, `missing`.
+// outside: [G], shares over the group of what was not scored one by one, or null.
+inline void leave(Scores s, int64_t group, const int32_t* list, int64_t chosen, float missing, const float* outside,
+                  float* unread) {
+  float others = 0;
+  for (int64_t g = 1; g < group; g++) {
+    float left = outside ? outside[g] : 0;
+    for (int64_t i = 0; i < s.padded / SPAN; i++) left += s.total[i * group + g] * s.top[i * group + g];
+    for (int64_t i = 0; i < chosen; i++) left -= s.mass[g * s.stride + list[i]] * s.top[list[i] / SPAN * group + g];
+    others += left;
+    unread[g] = left > 0 ? left * float(group) : (left == left ? 0 : left);
+  }
+  // the first head's masses made room for the shares: it has the rest
+  const float left = missing - others;
+  unread[0] = left > 0 ? left * float(group) : (left == left ? 0 : left);
+}
+
 // How many values have bits of at least `least`. Floats of one sign are ordered as their bits are.
 inline int64_t count_from(const float* x, int64_t padded, int32_t least) {
   I hits = I{};

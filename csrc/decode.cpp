@@ -61,6 +61,8 @@ inline void choose_unit(const sad_call* c, Unit u, Work* w) {
   float read = 0;
   for (int64_t i = 0; i < w->chosen; i++) read += share[w->list[i]];
   c->missing[u.index] = all > read ? all - read : (all == all ? 0 : all);
+  if (c->head_missing)
+    leave(w->scores, c->group, w->list, w->chosen, c->missing[u.index], nullptr, c->head_missing + u.index * c->group);
 }
 
 // the chosen tokens, by position, for this call and for who asked

@@ -174,7 +174,8 @@ inline bool choose_sifted(const sad_call* c, Unit u, Work* w) {
   float all = share_out(s, c->group, beside, w->lse), bound = 0;
   for (int64_t i = s.count; i < s.padded; i++) s.mass[i] = -1;
   for (int64_t g = 0; g < c->group; g++) {
-    all += expf(bulk[g] - w->lse[g]) / float(c->group);
+    bulk[g] = expf(bulk[g] - w->lse[g]) / float(c->group);
+    all += bulk[g];
     // what a dropped token's share stays below
     bound += expf(w->sieve.cut[g] - w->lse[g]) / float(c->group);
   }
@@ -184,9 +185,11 @@ inline bool choose_sifted(const sad_call* c, Unit u, Work* w) {
     const float share = s.mass[w->list[i]];
     read += share;
     least = share < least ? share : least;
-    w->list[i] = w->sieve.candidate[w->list[i]];
   }
   c->missing[u.index] = all > read ? all - read : (all == all ? 0 : all);
+  if (c->head_missing)
+    leave(s, c->group, w->list, w->chosen, c->missing[u.index], bulk, c->head_missing + u.index * c->group);
+  for (int64_t i = 0; i < w->chosen; i++) w->list[i] = w->sieve.candidate[w->list[i]];
   const bool by_threshold = c->threshold > 0 && least > float(c->threshold) && bound <= float(c->threshold);
   return (w->chosen >= floor && (by_threshold || least >= bound)) || w->sieve.cut[0] == -INFINITY;
 }

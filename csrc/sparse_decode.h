@@ -69,6 +69,8 @@ typedef struct {
   int64_t tokens_room;
   int64_t* counts;
   float* missing;
+  // the same for each query head [B, Hkv, G] float32, or null
+  float* head_missing;
   // attend: which of `tokens` count [B, Hkv, tokens_room], or null for all
   const uint8_t* tokens_valid;
   // a packed cache: scales [B, Hkv, T] float16, and the rotation of Dv channels

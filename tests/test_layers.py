@@ -20,6 +20,7 @@ MODULES = {module: ast.parse(text) for module, text in TEXTS.items()}
 LEVELS = {
     "tables": 0,
     "errors": 0,
+    "given": 0,
     "config": 0,
     "selection": 0,
     "kernels": 1,

@@ -106,6 +106,7 @@ def test_changes_compare_the_cells_both_have(tmp_path: Path) -> None:
         ("sketch, 256", cell(top_k=256, threshold=None)),
         ("sketch, above 0.0001", cell(threshold=1e-4)),
         ("sketch, 32, window 64", cell(threshold=None, attention_window=64)),
+        ("sketch, above 3e-05, far field 0.5, by layer", cell(far_field=0.5, layer_scales=(1.0, 2.0))),
         ("oracle, above 3e-05", cell(policy="oracle")),
         ("sketch, fast", cell(quality="fast")),
         ("sketch, balanced, missing 0.05", cell(quality="balanced", missing_mass=0.05)),
@@ -190,3 +191,10 @@ def test_a_forgotten_peak_counts_from_then_on() -> None:
     del block
     if forget_peak():
         assert peak_bytes() < high
+
+
+def test_cells_of_what_is_not_used_keep_the_names_they_had() -> None:
+    before = {"top_k", "threshold", "attention_window", "sink_tokens", "policy", "backend"}
+    assert set(as_cell(AttentionConfig())) == before
+    used = as_cell(AttentionConfig(far_field=0.5, layer_scales=(1.0, None), tuned_for="a-b"))
+    assert set(used) == before | {"far_field", "layer_scales", "tuned_for"}

@@ -80,7 +80,7 @@ void check_score(Case& c) {
 void check_choice(const Case& c, const sad_call& call) {
   const int64_t width = c.high - c.low;
   for (int64_t unit = 0; unit < UNITS; unit++) {
-    std::vector<double> share(size_t(width), 0);
+    std::vector<double> share(size_t(width), 0), own(size_t(width * c.group), 0);
     std::vector<bool> chosen(size_t(width), false);
     auto counts = [&](int64_t t) { return !call.middle || call.middle[unit / HEADS * width + t]; };
     int64_t eligible = 0, surely = 0, maybe = 0, last = -1;
@@ -89,7 +89,8 @@ void check_choice(const Case& c, const sad_call& call) {
       const float* logits = c.logits.data + (unit * c.group + g) * width;
       double total = exp(double(c.near_lse.data[unit * c.group + g]));
       for (int64_t t = 0; t < width; t++) total += counts(t) ? exp(double(logits[t])) : 0;
-      for (int64_t t = 0; t < width; t++) share[t] += counts(t) ? exp(double(logits[t])) / total / double(c.group) : 0;
+      for (int64_t t = 0; t < width; t++) own[g * width + t] = counts(t) ? exp(double(logits[t])) / total : 0;
+      for (int64_t t = 0; t < width; t++) share[t] += own[g * width + t] / double(c.group);
     }
     for (int64_t t = 0; t < width && call.threshold > 0; t++) {
       surely += counts(t) && share[t] > call.threshold * 1.0001 + 1e-30;
@@ -110,6 +111,11 @@ void check_choice(const Case& c, const sad_call& call) {
       if (!chosen[t] && counts(t)) best = std::max(best, share[t]), missing += share[t];
     expect(least >= best * 0.9999 - 1e-12, "choice: not the best");
     if (eligible) expect_near(c.missing.data[unit], missing, 3e-5, "choice: missing");
+    for (int64_t g = 0; g < c.group && eligible; g++) {
+      double left = 0;
+      for (int64_t t = 0; t < width; t++) left += chosen[t] ? 0 : own[g * width + t];
+      expect_near(c.head_missing.data[unit * c.group + g], left, 6e-5 * double(c.group), "choice: missing of a head");
+    }
   }
 }
 

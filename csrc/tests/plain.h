@@ -160,7 +160,7 @@ struct Case {
   Tensor query, keys, values, whole_keys, whole_values;
   Block<uint8_t> codes, middle, near_valid;
   Block<uint16_t> factors;
-  Block<float> mean, deviation, rotation, value_rotation, output, lse, logits, near_lse, missing;
+  Block<float> mean, deviation, rotation, value_rotation, output, lse, logits, near_lse, missing, head_missing;
   Block<int64_t> near, tokens, counts;
   sad_call call = {};
 
@@ -176,7 +176,7 @@ struct Case {
         mean(UNITS * dim), deviation(UNITS * dim), rotation(1 + dim + odd(dim) * odd(dim)),
         value_rotation(1 + value_dim + odd(value_dim) * odd(value_dim)),
         output(UNITS * group * value_dim, bits_of(query_type) / 8), lse(UNITS * group),
-        logits(UNITS * group * (high - low)), near_lse(UNITS * group), missing(UNITS),
+        logits(UNITS * group * (high - low)), near_lse(UNITS * group), missing(UNITS), head_missing(UNITS * group),
         near(ROWS * (length - high + low)), tokens(UNITS * (high - low)), counts(UNITS) {
     const int64_t beside = length - high + low;
     const std::vector<float> turn = new_rotation(dim), other = new_rotation(value_dim);
@@ -203,6 +203,7 @@ struct Case {
     call.near = near.data, call.near_count = beside, call.low = low, call.high = high;
     call.logits = logits.data, call.near_lse = near_lse.data, call.tokens = tokens.data;
     call.cap = -1, call.tokens_room = high - low, call.counts = counts.data, call.missing = missing.data;
+    call.head_missing = head_missing.data;
   }
   static int64_t odd(int64_t dim) { return dim / (dim & -dim); }
   int64_t blocks() const { return (length + 15) / 16; }

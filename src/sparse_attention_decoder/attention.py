@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_attention_decoder.cache import Account, Cap, Index, KVBuffer, Sketch, Witness
+from sparse_attention_decoder.cache import Account, Cap, FarField, Index, KVBuffer, Sketch, Witness
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.dial import Dial, LayerDial
-from sparse_attention_decoder.errors import ShapeError
+from sparse_attention_decoder.errors import BackendError, ShapeError
 from sparse_attention_decoder.kernels import Kernels, Request, resolve
 from sparse_attention_decoder.kernels.reference import REFERENCE
 from sparse_attention_decoder.ledger import Dialled, Ledger
@@ -51,6 +51,7 @@ class LayerState:
         self.dial = None if shared is None else LayerDial(shared)
         self.index: Index | None = None
         self.witness: Witness | None = None
+        self.far = FarField(config.sink_tokens, config.far_field) if config.far_field else None
         self.watch(self.policy)
         self._kernels: Kernels | None = None
         # while it is set, every step reads everything, and several tokens are attended as if each came alone
@@ -83,10 +84,10 @@ class LayerState:
         if keep is not None:
             self.buffer.take_tokens(keep, self.cap.most)
             # what is left is summed up anew when next needed
-            if self.index is not None:
-                self.index.truncate(0)
             if self.witness is not None:
                 self.witness.reset()
+            for summary in self._summaries:
+                summary.truncate(0)
         self.cap.note(self.buffer, self.index)
 
     def see(self, queries: Tensor, rows: Rows, scaling: float) -> None:
@@ -106,6 +107,10 @@ class LayerState:
         return self._kernels
 
     @property
+    def _summaries(self) -> list[Witness | Index | FarField]:
+        return [summary for summary in (self.witness, self.index, self.far) if summary is not None]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys, values and sketch, room for tokens to come included."""
         return self.buffer.nbytes + (self.index.nbytes if isinstance(self.index, Sketch) else 0)
@@ -123,6 +128,8 @@ class LayerState:
         self.ledger.reads(self.buffer)
         self.buffer.convert(kv_dtype)
         self._kernels = None
+        if self.far is not None:
+            self.far.reset()
         if not self.policy.evicts:
             self.index = None
 
@@ -131,20 +138,16 @@ class LayerState:
         self.buffer.truncate(length)
         if self.cap is not None:
             self.cap.truncate()
-        if self.witness is not None:
-            self.witness.truncate(length)
-        if self.index is not None:
-            self.index.truncate(length)
+        for summary in self._summaries:
+            summary.truncate(length)
 
     def take_rows(self, rows: Tensor) -> None:
         """Let row i hold what row `rows[i]` [B'] int64 held."""
         if self.cap is not None:
             self.cap.take_rows(rows)
         self.buffer.take_rows(rows)
-        if self.witness is not None:
-            self.witness.take_rows(rows)
-        if self.index is not None:
-            self.index.take_rows(rows)
+        for summary in self._summaries:
+            summary.take_rows(rows)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -158,6 +161,8 @@ class LayerState:
         if self.dial is not None:
             self.dial.reset()
         self.index = None
+        if self.far is not None:
+            self.far.reset()
         self._kernels = None
 
     def dense_rows(self, rows: Rows) -> list[bool]:
@@ -200,6 +205,8 @@ def decode_step(query: Tensor, layer: LayerState, rows: Rows, scaling: float) ->
         output, lse, selection = step.read(nothing)
     else:
         output, lse, selection = layer.policy.attend(step)
+        if layer.far is not None:
+            output = layer.far.add(output, _of_heads(selection, layer), layer.buffer.values, rows)
     dialled = _dialled(layer, step, selection, dense)
     layer.ledger.note(layer.buffer, rows.counts, dense, selection, dialled)
     if any(dense):
@@ -236,6 +243,15 @@ def _dialled(layer: LayerState, step: Step, selection: Selection, dense: list[bo
     if layer.dial is None or selection.missing_mass is None:
         return Dialled(step.threshold)
     return layer.dial.follow(step, selection, dense)
+
+
+def _of_heads(selection: Selection, layer: LayerState) -> Tensor:
+    if selection.head_missing is None:
+        raise BackendError(
+            f"backend {layer.kernels.name} does not say what each query head leaves unread, which far_field needs; "
+            "use far_field=0, or the backend cpu or reference"
+        )
+    return selection.head_missing
 
 
 def _check(query: Tensor, layer: LayerState, rows: Rows) -> None:

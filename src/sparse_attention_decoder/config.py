@@ -1,13 +1,20 @@
 """AttentionConfig: how many tokens a decode step may read, and who chooses them."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 from sparse_attention_decoder.errors import ConfigError
+from sparse_attention_decoder.given import object_of, require_count, scales_of
 from sparse_attention_decoder.tables import BACKENDS, KV_BITS, POLICIES, QUALITIES
 
 # policies that read what a cap leaves; the others keep or evict by rules of their own
 CAPPED = ("sketch", "dense", "window")
+# policies that obey a threshold
+SCALED = ("sketch", "oracle")
+_LARGEST = 0.999
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,13 @@ class AttentionConfig:
             threshold some ten times higher. For policy sketch, backends cpu and reference; other policies ignore it.
         quality: a row of `tables.QUALITIES`, which sets the fields it names. Fields at their plain default take the
             preset's value; one that says a third thing is an error. None sets nothing.
+        far_field: how much of the far field is added to a step's output, from 0 to 1: the mean value of all cached
+            tokens, times the share of attention that a head is estimated to leave unread. No bytes to speak of. For
+            policies sketch and oracle, not for the backend triton. docs/experiments.md has what it gains.
+        layer_scales: what the threshold is multiplied by in each full-attention layer of the model, in order; a layer
+            of None is read whole. None is 1.0 for all. `sparse-decoder tune` finds them.
+        tuned_for: the model that this was tuned for, see `models.identity.of`: another architecture is refused, other
+            weights are warned of.
     Raises:
         ConfigError: a value that cannot work; the message gives one that would.
     What the defaults keep is measured in benchmarks/report/report.md; docs/experiments.md says what
@@ -72,16 +86,17 @@ class AttentionConfig:
     missing_mass: float | None = None
     quality: str | None = None
     sample_tail: bool = False
+    far_field: float = 0.0
+    layer_scales: tuple[float | None, ...] | None = None
+    tuned_for: str | None = None
 
     def __post_init__(self) -> None:
         self._apply_quality()
-        _require_count("top_k", self.top_k, 1, 'to retrieve nothing use policy="window"')
-        _require_count("attention_window", self.attention_window, 1, "the current token is part of it")
-        _require_count("sink_tokens", self.sink_tokens, 0, "0 keeps no first tokens")
+        require_count("top_k", self.top_k, 1, 'to retrieve nothing use policy="window"')
+        require_count("attention_window", self.attention_window, 1, "the current token is part of it")
+        require_count("sink_tokens", self.sink_tokens, 0, "0 keeps no first tokens")
         if self.dense_below is not None:
-            _require_count(
-                "dense_below", self.dense_below, 0, "0 never forces dense, None waits until sparse is faster"
-            )
+            require_count("dense_below", self.dense_below, 0, "0 never forces dense, None waits until sparse is faster")
         if self.threshold is not None:
             if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
                 raise ConfigError(
@@ -101,6 +116,7 @@ class AttentionConfig:
             )
         self._check_caps()
         self._check_missing_mass()
+        self._check_layers()
         if not isinstance(self.sample_tail, bool):
             raise ConfigError(f"sample_tail is {self.sample_tail!r}; expected True or False")
         if self.sample_tail and not self.threshold:
@@ -139,14 +155,67 @@ class AttentionConfig:
                 "from, such as 3e-5"
             )
 
+    def _check_layers(self) -> None:
+        if self.layer_scales is not None:
+            # JSON has lists alone
+            object.__setattr__(self, "layer_scales", scales_of(self.layer_scales))
+            if self.policy not in SCALED or not self.threshold:
+                raise ConfigError(
+                    f"layer_scales multiply a threshold, and policy {self.policy!r} with threshold {self.threshold!r} "
+                    f"has none; use one of {', '.join(SCALED)} with a threshold above 0, or no layer_scales"
+                )
+        is_number = isinstance(self.far_field, (int, float)) and not isinstance(self.far_field, bool)
+        if not is_number or not 0 <= self.far_field <= 1:
+            raise ConfigError(f"far_field is {self.far_field!r}; expected a number from 0 (off) to 1 (all of it)")
+        if self.far_field and self.policy not in SCALED:
+            raise ConfigError(
+                f"far_field needs estimated shares of attention, which policy {self.policy!r} has none of; use one of "
+                f"{', '.join(SCALED)}"
+            )
+        if self.far_field and self.sample_tail:
+            raise ConfigError("far_field and sample_tail each stand for what is left unread; use one of them")
+        if self.layer_scales is not None and self.missing_mass is not None:
+            raise ConfigError("missing_mass moves one threshold for all layers; use it, or layer_scales")
+        if self.tuned_for is not None and not isinstance(self.tuned_for, str):
+            raise ConfigError(f"tuned_for is {self.tuned_for!r}; expected what `models.identity.of` gives, or None")
+
+    def of_layers(self, count: int) -> list["AttentionConfig"]:
+        """What each of a model's `count` full-attention layers reads.
+
+        Raises:
+            ConfigError: layer_scales are of another number of layers.
+        """
+        if self.layer_scales is None:
+            return [self] * count
+        if len(self.layer_scales) != count:
+            raise ConfigError(
+                f"layer_scales are of {len(self.layer_scales)} layers, and this model has {count} with full attention; "
+                "`sparse-decoder tune` finds those of a model"
+            )
+        return [self._of(scale) for scale in self.layer_scales]
+
+    def _of(self, scale: float | None) -> "AttentionConfig":
+        if scale is None:
+            return replace(
+                self,
+                policy="dense",
+                far_field=0.0,
+                layer_scales=None,
+                quality=None,
+                sample_tail=False,
+                missing_mass=None,
+            )
+        # a share of attention is below 1: one that would not be asks for nothing but the floor, as this does
+        return replace(self, threshold=min((self.threshold or 0.0) * scale, _LARGEST), layer_scales=None, quality=None)
+
     def _check_caps(self) -> None:
         if self.max_cache_tokens is not None:
-            _require_count(
+            require_count(
                 "max_cache_tokens", self.max_cache_tokens, self.least_cache_tokens,
                 "what is left when an eighth has been evicted must hold sinks, window and top_k; None sets no cap",
             )  # fmt: skip
         if self.max_cache_bytes is not None:
-            _require_count("max_cache_bytes", self.max_cache_bytes, 1, "None sets no cap", "bytes")
+            require_count("max_cache_bytes", self.max_cache_bytes, 1, "None sets no cap", "bytes")
         if self.is_capped and self.policy not in CAPPED:
             raise ConfigError(
                 f"policy {self.policy!r} does not work with max_cache_tokens or max_cache_bytes: "
@@ -174,36 +243,39 @@ class AttentionConfig:
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
+    def load(cls, path: str | PathLike[str]) -> "AttentionConfig":
+        """Read a file that `sparse-decoder tune` wrote (its evidence is in there too), or one of `to_json`.
+
+        Raises:
+            ConfigError: it cannot be read, or holds no config.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read a config from {path}: {error}") from error
+        values = object_of(text)
+        return cls._of_values(values["config"] if isinstance(values.get("config"), dict) else values)
+
+    @classmethod
     def from_json(cls, text: str) -> "AttentionConfig":
         """Read back what `to_json` wrote; keys left out take their default.
 
         Raises:
             ConfigError: not a JSON object, an unknown key, or a value that cannot work.
         """
-        try:
-            values = json.loads(text)
-        # beside malformed text: numbers of thousands of digits, and nesting deeper than Python's stack
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"not JSON: {error}; expected an object as AttentionConfig.to_json writes it") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f'JSON holds a {type(values).__name__}; expected an object such as {{"top_k": 32}}')
+        return cls._of_values(object_of(text))
+
+    @classmethod
+    def _of_values(cls, values: dict[str, Any]) -> "AttentionConfig":
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ConfigError(f"unknown key {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
         config = cls(**values)
         for name, value in values.items():
-            if getattr(config, name) != value:
+            if name in QUALITIES.get(str(config.quality), {}) and getattr(config, name) != value:
                 raise ConfigError(
                     f"quality {config.quality!r} sets {name} to {getattr(config, name)!r}, and the JSON says "
                     f"{value!r}; leave one of them out"
                 )
         return config
-
-
-def _require_count(name: str, value: object, least: int, hint: str, unit: str = "tokens") -> None:
-    # True and False are ints to Python, but nobody means them as a count
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} is {value!r}; expected a whole number of {unit}, {least} or more ({hint})")
-    if value < least:
-        raise ConfigError(f"{name} is {value}; use {least} or more ({hint})")

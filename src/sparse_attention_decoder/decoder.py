@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import ConfigError, InputError
-from sparse_attention_decoder.models import compiled, reading
+from sparse_attention_decoder.models import compiled, reading, tuned
 from sparse_attention_decoder.models.adapter import enable
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.frame import prompt_ids
@@ -35,7 +35,7 @@ class SparseAttention(nn.Module):
         model = SparseAttention(config, model=hf_model, tokenizer=hf_tokenizer)
 
     Args:
-        config: what a decode step reads; the measured default if left out.
+        config: what a decode step reads; the model's own default if left out, see `models.tuned.default_for`.
         model: a transformers causal LM, or what `models.loading.load` takes: a hub name, a
             directory or a GGUF file; the embedded default if left out.
         tokenizer: for text in and out; comes along when the model is loaded by name.
@@ -59,7 +59,7 @@ class SparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         model, found = load(model, weights=weights)
-        self.config = config or AttentionConfig()
+        self.config = config or tuned.default_for(model)
         self.tokenizer = tokenizer or found
         self.model = enable(model, self.config)
         if compile:

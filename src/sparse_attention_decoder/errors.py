@@ -6,6 +6,7 @@ SparseAttentionError
 ├── InputError             (ValueError)           a prompt or ids the model cannot read
 │   └── ContextLengthError                        more tokens than the model was made for
 ├── SessionFileError       (ValueError)           a file that holds no session this model can take up
+├── TargetError            (ValueError)           a quality that no setting reaches on this text
 ├── NonFiniteError         (ArithmeticError)      NaN or infinity in weights or keys
 ├── UnsupportedError       (NotImplementedError)  a model or feature that would come out wrong
 ├── BackendError           (RuntimeError)         kernels asked for by name that cannot serve
@@ -37,6 +38,10 @@ class ContextLengthError(InputError):
 
 class SessionFileError(SparseAttentionError, ValueError):
     """No session can be read from that file, or written to it; the message says why."""
+
+
+class TargetError(SparseAttentionError, ValueError):
+    """Tuning was asked for a quality that no setting reaches; the message says what was reached."""
 
 
 class NonFiniteError(SparseAttentionError, ArithmeticError):

@@ -137,6 +137,7 @@ class Selection:
     index_bytes: bytes read from the index, all rows and heads, to choose them.
     log_weights: [B, Hkv, K] float32, what is added to the logits of chosen tokens that stand for others too, 0 for the
         rest; None where all stand for themselves.
+    head_missing: [B, Hq] float32, the missing mass of each query head; None where no backend gives it.
     """
 
     tokens: Tensor
@@ -144,6 +145,7 @@ class Selection:
     missing_mass: Tensor | None = None
     index_bytes: int = 0
     log_weights: Tensor | None = None
+    head_missing: Tensor | None = None
 
     @property
     def chosen(self) -> Tensor:

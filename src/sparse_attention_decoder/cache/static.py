@@ -59,6 +59,8 @@ class StaticTokens:
                 f"kv_dtype {config.kv_dtype!r} is not for a static cache: Triton's kernels do not unpack; "
                 "use kv_dtype=None or the cache that grows"
             )
+        if config.far_field:
+            raise ConfigError("far_field is not for a static cache; use far_field=0 or the cache that grows")
         if config.policy not in ("sketch", "dense"):
             raise ConfigError(
                 f'policy {config.policy!r} asks the host at every step, which a captured step cannot; use "sketch" or '

@@ -1,4 +1,4 @@
-"""sparse-decoder: generate, read, ask, chat, demo, bench, eval, report, doctor. It parses and calls; others work."""
+"""sparse-decoder: generate, read, ask, chat, demo, bench, eval, tune, report, doctor. It parses; others work."""
 
 import logging
 import sys
@@ -15,6 +15,7 @@ from sparse_attention_decoder.cli.generate import demo, generate
 from sparse_attention_decoder.cli.report import report
 from sparse_attention_decoder.cli.session import ask, chat, read
 from sparse_attention_decoder.cli.terminal import console, out
+from sparse_attention_decoder.cli.tune import tune
 from sparse_attention_decoder.errors import SparseAttentionError
 
 
@@ -47,6 +48,7 @@ app.command()(chat)
 app.command()(demo)
 app.add_typer(bench_app)
 app.command("eval")(evaluate)
+app.command()(tune)
 app.command()(report)
 
 

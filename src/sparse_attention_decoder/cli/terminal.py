@@ -76,12 +76,13 @@ OnProgress = Callable[[int, int], None]
 def load_model(
     model: str | None, config: AttentionConfig, weights: Weights | None = None, **model_kwargs: Any
 ) -> "SparseAttention":
-    """Load a model, saying what is done meanwhile."""
+    """Load a model, saying what is done; with the plain default config a model may have a default of its own."""
     with console.status("starting") as status:
         from sparse_attention_decoder.decoder import SparseAttention
 
+        asked = None if config == AttentionConfig() else config
         return SparseAttention.from_pretrained(
-            model, config, weights=weights and weights.value, on_stage=status.update, **model_kwargs
+            model, asked, weights=weights and weights.value, on_stage=status.update, **model_kwargs
         )
 
 

@@ -44,14 +44,14 @@ def sample_tail(shares: Tensor, selection: Selection, low: int, cell: float) -> 
 
 
 def shares_of(logits: Tensor, near_lse: Tensor, middle: Tensor | None) -> Tensor:
-    """[B, Hkv, M], each token's share of the attention, mean over the group; 0 for what is not middle."""
+    """[B, Hkv, G, M], each token's share of each head's attention; 0 for what is not middle."""
     if middle is not None:
         logits = logits.masked_fill(~middle[:, None, None], -math.inf)
     # one pass of exponentials serves the normaliser and the shares
     peak = torch.maximum(logits.amax(-1), near_lse).unsqueeze(-1)
     mass = (logits - peak).exp_()
     total = mass.sum(-1, keepdim=True) + (near_lse.unsqueeze(-1) - peak).exp()
-    return (mass / total).mean(2)
+    return mass / total
 
 
 def first_best(values: Tensor, count: int) -> Tensor:

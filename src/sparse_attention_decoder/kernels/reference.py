@@ -131,7 +131,8 @@ class ReferenceKernels(OneByOne):
             Selection, in the order of the text, with the estimated missing mass. Of tokens whose
             share is equal, the first in the text are taken.
         """
-        share = shares_of(logits, near_lse, middle)
+        shares = shares_of(logits, near_lse, middle)
+        share = shares.mean(2)
         candidates = share if middle is None else share.masked_fill(~middle[:, None], -1.0)
         if middle is None:
             counts = torch.full(share.shape[:2], min(floor, share.shape[2]), device=share.device)
@@ -143,9 +144,10 @@ class ReferenceKernels(OneByOne):
             counts = counts.clamp_max(cap)
         best = first_best(candidates, int(counts.max()))
         chosen = torch.arange(best.shape[-1], device=best.device) < counts.unsqueeze(-1)
-        read = (share.gather(-1, best) * chosen).sum(-1)
+        read = (torch.take_along_dim(shares, best.unsqueeze(2), -1) * chosen.unsqueeze(2)).sum(-1)
         tokens = best.masked_fill(~chosen, share.shape[2]).sort(-1).values.masked_fill(~chosen, 0)
-        return Selection(tokens + low, counts, (share.sum(-1) - read).clamp_min(0))
+        left = (shares.sum(-1) - read).clamp_min(0)
+        return Selection(tokens + low, counts, left.mean(2), head_missing=left.flatten(1))
 
     def attend(
         self,
@@ -238,7 +240,9 @@ class ReferenceKernels(OneByOne):
         near_lse = near_logits.logsumexp(-1)
         selection = self.select(logits, near_lse, regions.low, regions.middle, floor, threshold)
         if sampled and threshold > 0:
-            selection = sample_tail(shares_of(logits, near_lse, regions.middle), selection, regions.low, threshold)
+            selection = sample_tail(
+                shares_of(logits, near_lse, regions.middle).mean(2), selection, regions.low, threshold
+            )
         tokens, valid = regions.with_chosen(selection)
         logits = selection.weigh(self.exact_logits(query, keys, tokens, scaling))
         output, lse = _average(logits, values, tokens, valid)

@@ -14,6 +14,7 @@ from sparse_attention_decoder.kernels.cpu import isa
 from sparse_attention_decoder.models.kept import cache_directory
 from sparse_attention_decoder.models.loading import default_gguf
 from sparse_attention_decoder.models.memory import gguf_bytes
+from sparse_attention_decoder.models.tuned import shipped, told
 from sparse_attention_decoder.tables import BACKENDS, load
 
 
@@ -40,4 +41,6 @@ def facts() -> Iterator[tuple[str, str]]:
         yield "its KV, a token", f"{each}; beside int8 or int4 {whole} for the newest tokens, which stay whole"
     except ModelLoadError as error:
         yield "default model", f"not found: {error}"
+    for name, config in shipped().items():
+        yield f"default for {name}", f"tuned: {told(config)}"
     yield "converted models", str(cache_directory())

@@ -145,6 +145,8 @@ def _own_label(config: AttentionConfig) -> str:
     has_own = config.quality is not None or config.policy in ("window", "streaming")
     if config.attention_window != plain.attention_window and not has_own:
         name += f", window {config.attention_window}"
+    name += f", far field {config.far_field:g}" if config.far_field else ""
+    name += ", by layer" if config.layer_scales else ""
     return f"{name} (evicts)" if load(POLICIES[config.policy]).evicts else name
 
 
@@ -166,18 +168,21 @@ def as_cell(config: AttentionConfig) -> Row:
 
     What was added since the first records is in the cell where it is used: cells without it keep their names.
     """
-    later = ("kv_dtype", "max_cache_tokens", "max_cache_bytes", "missing_mass", "quality", "sample_tail")
+    later = (
+        "kv_dtype", "max_cache_tokens", "max_cache_bytes", "missing_mass", "quality", "sample_tail", "far_field",
+        "layer_scales", "tuned_for",
+    )  # fmt: skip
     return {
         name: value
         for name, value in asdict(config).items()
-        if name != "dense_below" and not (name in later and value in (None, False))
+        if name != "dense_below" and not (name in later and not value)
     }
 
 
 def _chosen(config: AttentionConfig) -> tuple[Any, ...]:
     return (
         config.policy, config.top_k, config.threshold, config.attention_window, config.sink_tokens, config.missing_mass,
-        config.sample_tail,
+        config.sample_tail, config.far_field, config.layer_scales,
     )  # fmt: skip
 
 

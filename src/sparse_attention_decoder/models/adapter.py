@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import NonFiniteError, UnsupportedError
-from sparse_attention_decoder.models import compiled, families
+from sparse_attention_decoder.models import compiled, families, identity, tuned
 from sparse_attention_decoder.models.cache import LAYER_TAG, STOCK_TAG, SparseCache, SparseLayer
 from sparse_attention_decoder.models.packed import named_scales
 from sparse_attention_decoder.models.static import StaticSparseCache, StaticSparseLayer
@@ -55,15 +55,19 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
 
     Args:
         model: a transformers causal LM, already loaded.
-        config: what a decode step reads; the measured default if left out.
+        config: what a decode step reads; the model's own default if left out, see `models.tuned.default_for`.
     Raises:
         UnsupportedError: a family that cannot be hooked, by name.
         NonFiniteError: a weight holds NaN or infinity.
+        ConfigError: a config tuned for another architecture, or of another number of layers.
     Calling it again replaces the config. `disable` takes it off.
     """
-    config = config or AttentionConfig()
+    config = config or tuned.default_for(model)
     families.check(model, config.kv_dtype)
     _require_finite_weights(model)
+    identity.check(model, config)
+    # made before anything is changed: it may refuse the config
+    is_sparse = bool(SparseCache(model.config, config).sparse_layers)
     # a compiled step stays: it serves any config
     take_off(model)
     previous = model.config._attn_implementation
@@ -74,7 +78,7 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
     if model.config._attn_implementation != NAME:
         name = model.config.model_type
         raise UnsupportedError(f"{name} does not let its attention be replaced, so it cannot be decoded sparsely")
-    if not SparseCache(model.config, config).sparse_layers:
+    if not is_sparse:
         logger.warning(
             "%s has no full-attention layer: nothing to read sparsely, it runs as before", model.config.model_type
         )

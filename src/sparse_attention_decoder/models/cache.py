@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -200,14 +199,16 @@ class SparseCache(DynamicCache):
         config: what a decode step reads.
     Everything a transformers cache does works and keeps the sketch in step: crop, reorder_cache,
     batch_repeat_interleave, batch_select_indices, reset. `reads` says what was read, `held` what is held.
+    A ConfigError says that layer_scales are of another number of layers.
     """
 
     def __init__(self, model_config: PreTrainedConfig, config: AttentionConfig) -> None:
         super().__init__(config=model_config)
         ours = [type(layer) is DynamicLayer for layer in self.layers]
         self._account, dial = Account(sum(ours)), Dial.of(config)
+        of_layers = iter(config.of_layers(sum(ours)))
         self.layers: list[Any] = [
-            SparseLayer(config, self._account, dial) if own else layer
+            SparseLayer(next(of_layers), self._account, dial) if own else layer
             for own, layer in zip(ours, self.layers, strict=True)
         ]
         self.config = config
@@ -236,7 +237,7 @@ class SparseCache(DynamicCache):
             ConfigError: no such policy.
         """
         for name in policies:
-            policy = resolve(replace(self.config, policy=name).policy)
+            policy = resolve(AttentionConfig(policy=name).policy)
             for layer in self.sparse_layers:
                 layer.state.watch(policy)
 
@@ -247,13 +248,14 @@ class SparseCache(DynamicCache):
         prompt's queries comes along, see `watch`.
 
         Raises:
-            ConfigError: another kv_dtype.
+            ConfigError: another kv_dtype, or layer_scales of another number of layers.
         """
         other = copy.copy(self)
         other.config = config
         other._account, dial = Account(len(self.sparse_layers)), Dial.of(config)
+        of_layers = iter(config.of_layers(len(self.sparse_layers)))
         other.layers = [
-            layer.reconfigured(config, other._account, dial) if isinstance(layer, SparseLayer) else layer
+            layer.reconfigured(next(of_layers), other._account, dial) if isinstance(layer, SparseLayer) else layer
             for layer in self.layers
         ]
         return other

@@ -118,7 +118,7 @@ class StaticSparseCache(StaticCache):
     A token more than it can hold has no place: its output is NaN. `reads` says what was read.
 
     Raises:
-        ConfigError: a config with a cap of its own.
+        ConfigError: a config with a cap of its own, or with layer_scales of another number of layers.
     """
 
     def __init__(self, model_config: PreTrainedConfig, config: AttentionConfig, capacity: int) -> None:
@@ -129,8 +129,9 @@ class StaticSparseCache(StaticCache):
             )
         super().__init__(config=model_config, max_cache_len=capacity)
         shared, ours = Shared(), [type(layer) is StaticLayer for layer in self.layers]
+        of_layers = iter(config.of_layers(sum(ours)))
         self.layers: list[Any] = [
-            StaticSparseLayer(config, capacity, shared, number == ours.index(True)) if ours[number] else layer
+            StaticSparseLayer(next(of_layers), capacity, shared, number == ours.index(True)) if ours[number] else layer
             for number, layer in enumerate(self.layers)
         ]
         self.config = config

@@ -1,5 +1,6 @@
 """The upper bound of token selection: exact scores of every key, then the best tokens."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -32,4 +33,4 @@ class OraclePolicy(Policy):
         )
         scored = sum(step.regions.middle_counts) * keys.shape[1]
         key_bytes = stored_bytes(keys.shape[-1], step.buffer.kv_dtype, keys.dtype)
-        return Selection(chosen.tokens, chosen.counts, chosen.missing_mass, scored * key_bytes)
+        return replace(chosen, index_bytes=scored * key_bytes)

@@ -63,8 +63,8 @@ class CpuKernels(ReferenceKernels):
         """A threshold with a floor and a cap, on the group's share of attention."""
         if logits.dtype != torch.float32 or near_lse.dtype != torch.float32 or logits.shape[-1] == 0:
             return super().select(logits, near_lse, low, middle, floor, threshold, cap)
-        tokens, counts, missing = operations.select(logits, near_lse, low, middle, floor, threshold, cap)
-        return Selection(tokens[..., : int(counts.max())], counts, missing)
+        tokens, counts, missing, of_heads = operations.select(logits, near_lse, low, middle, floor, threshold, cap)
+        return Selection(tokens[..., : int(counts.max())], counts, missing, head_missing=of_heads)
 
     def attend(
         self,
@@ -104,7 +104,7 @@ class CpuKernels(ReferenceKernels):
         sampled: bool = False,
     ) -> tuple[Tensor, Tensor, Selection]:
         """Score, select and attend in one call."""
-        output, lse, tokens, counts, missing, log_weights = operations.step(
+        output, lse, tokens, counts, missing, log_weights, of_heads = operations.step(
             query, keys, values, coded, regions, floor, threshold, scaling, sampled=sampled
         )
-        return output, lse, Selection(tokens, counts, missing, log_weights=log_weights)
+        return output, lse, Selection(tokens, counts, missing, log_weights=log_weights, head_missing=of_heads)

@@ -73,6 +73,7 @@ FIELDS = [
     "tokens_room",
     "counts",
     "missing",
+    "head_missing",
     "tokens_valid",
     "key_scales",
     "key_scale_row",

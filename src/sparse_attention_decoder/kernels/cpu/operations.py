@@ -89,22 +89,22 @@ def score(query: Tensor, coded: Coded, low: int, high: int, scaling: float, out:
 
 def select(
     logits: Tensor, near_lse: Tensor, low: int, middle: Tensor | None, floor: int, threshold: float, cap: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B, Hkv, M] of which the first counts [B, Hkv] are chosen, and the missing mass [B, Hkv]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens [B, Hkv, M], the first counts [B, Hkv] of them chosen; missing mass [B, Hkv], and of each head [B, Hq]."""
     batch, heads, group, width = logits.shape
     check_shape("near_lse", near_lse, (batch, heads, group), torch.float32)
     check_shape("logits", logits, (batch, heads, group, width), torch.float32)
     check_shape("middle", middle, (batch, width), torch.bool)
     logits, near_lse = logits.contiguous(), near_lse.contiguous()
     middle = None if middle is None else middle.contiguous()
-    tokens, counts, missing = _chosen(batch, heads, width)
+    tokens, counts, missing, of_heads = _chosen(batch, heads, group, width)
     call(
         "sad_select", batch=batch, kv_heads=heads, group=group, dim=8, value_dim=8, logits=_at(logits),
         near_lse=_at(near_lse), low=low, high=low + width, middle=_at(middle), floor=floor,
         cap=-1 if cap is None else cap, threshold=threshold, tokens=_at(tokens), tokens_room=width,
-        counts=_at(counts), missing=_at(missing),
+        counts=_at(counts), missing=_at(missing), head_missing=_at(of_heads),
     )  # fmt: skip
-    return tokens, counts, missing
+    return tokens, counts, missing, of_heads
 
 
 def attend(
@@ -167,8 +167,10 @@ def step(
     scaling: float,
     appended: tuple[Tensor, Tensor] | None = None,
     sampled: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Append, score, select and attend in one call: output, log-sum-exp, tokens, counts, missing mass, log weights.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Append, score, select and attend in one call.
+
+    Gives output, log-sum-exp, tokens, counts, missing mass, log weights, missing mass of each query head.
 
     appended: key [B, Hkv, D] and value [B, Hkv, Dv] to write (and code) as the last of the cached tokens;
         None where they are there already.
@@ -192,18 +194,18 @@ def step(
         regions.near, regions.near_valid, regions.middle))  # fmt: skip
     key, value = (None, None) if appended is None else (x.contiguous() for x in appended)
     width = max(0, regions.high - regions.low)
-    tokens, counts, missing = _chosen(batch, heads, width)
+    tokens, counts, missing, of_heads = _chosen(batch, heads, query.shape[1] // heads, width)
     log_weights = torch.empty(batch, heads, width) if sampled and threshold > 0 else None
     most = call(
         "sad_step", _query(query, heads), cache_fields(keys, values), sketch_fields(coded), output=_at(output),
         lse=_at(lse), near=_at(near), near_valid=_at(near_valid), near_count=regions.near.shape[1], low=regions.low,
         high=regions.high, middle=_at(middle), floor=floor, cap=-1, threshold=threshold, scaling=scaling,
-        tokens=_at(tokens), tokens_room=width, counts=_at(counts), missing=_at(missing), new_key=_at(key),
-        new_value=_at(value), count=int(appended is not None), sampled=int(log_weights is not None),
+        tokens=_at(tokens), tokens_room=width, counts=_at(counts), missing=_at(missing), head_missing=_at(of_heads),
+        new_key=_at(key), new_value=_at(value), count=int(appended is not None), sampled=int(log_weights is not None),
         log_weights=_at(log_weights),
     )  # fmt: skip
     weights = None if log_weights is None else log_weights[..., :most]
-    return output, lse, tokens[..., :most], counts, missing, weights
+    return output, lse, tokens[..., :most], counts, missing, weights, of_heads
 
 
 def _attend(
@@ -230,11 +232,12 @@ def _results(query: Tensor, values: Tensor | Packed) -> tuple[Tensor, Tensor]:
     return torch.empty((batch, heads, values.shape[3]), dtype=query.dtype), torch.empty((batch, heads))
 
 
-def _chosen(batch: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _chosen(batch: int, heads: int, group: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty(batch, heads, width, dtype=torch.int64),
         torch.empty(batch, heads, dtype=torch.int64),
         torch.empty(batch, heads),
+        torch.empty(batch, heads * group),
     )
 
 

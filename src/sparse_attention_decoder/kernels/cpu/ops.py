@@ -70,10 +70,17 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     coded = Coded(codes, factors, Statistics(mean, deviation))
     regions = Rows.full(keys.shape[0], keys.shape[2]).regions(sinks, window, keys.device)
-    output, lse, _, counts, missing, _ = operations.step(
+    output, lse, _, counts, missing, _, _ = operations.step(
         query, keys, values, coded, regions, floor, threshold, scaling, (key, value)
     )
     return output, lse, counts, missing
+
+
+def _select(
+    logits: Tensor, near_lse: Tensor, low: int, middle: Tensor | None, floor: int, threshold: float, cap: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, counts, missing, _ = operations.select(logits, near_lse, low, middle, floor, threshold, cap)
+    return tokens, counts, missing
 
 
 def _results(query: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +116,7 @@ def _fake_step(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: 
 for _name, _real, _fake in (
     ("encode", _encode, lambda *_: None),
     ("score", _score, _fake_score),
-    ("select", operations.select, _fake_select),
+    ("select", _select, _fake_select),
     ("attend", operations.attend, _fake_attend),
     ("attend_all", operations.attend_all, _fake_attend),
     ("step", _step, _fake_step),
