@@ -8,6 +8,7 @@ from sparse_attention_decoder.errors import ConfigError
 
 
 def object_of(text: str) -> dict[str, Any]:
+    """The object that JSON text holds, or a ConfigError."""
     try:
         values = json.loads(text)
     # beside malformed text: numbers of thousands of digits, and nesting deeper than Python's stack
@@ -19,6 +20,7 @@ def object_of(text: str) -> dict[str, Any]:
 
 
 def scales_of(values: object) -> tuple[float | None, ...]:
+    """What the threshold is multiplied by in each layer, or a ConfigError."""
     if not isinstance(values, (list, tuple)) or not values:
         raise ConfigError(f"layer_scales is {values!r}; expected a number for each full-attention layer, or None")
     for number, value in enumerate(values):
@@ -32,6 +34,7 @@ def scales_of(values: object) -> tuple[float | None, ...]:
 
 
 def require_count(name: str, value: object, least: int, hint: str, unit: str = "tokens") -> None:
+    """Raise ConfigError unless the value is an integer of at least so much."""
     # True and False are ints to Python, but nobody means them as a count
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name} is {value!r}; expected a whole number of {unit}, {least} or more ({hint})")

@@ -62,6 +62,17 @@ CacheBytesOption = Annotated[
 _UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 
+StatsOption = Annotated[
+    Path | None, typer.Option("--stats", help="Write what each step and layer read here, one JSON object a line.")
+]
+LosslessOption = Annotated[
+    bool, typer.Option("--lossless", help="Draft sparsely, verify densely: the text is that of dense decoding.")
+]
+_BOTH = (
+    "Decode greedily both ways, compare speed, KV bytes and tokens; --compile is for both of ours, not transformers."
+)
+CompareOption = Annotated[bool, typer.Option("--compare", help=_BOTH)]
+
 
 def generate(
     prompt: Annotated[
@@ -88,21 +99,10 @@ def generate(
     max_cache_bytes: CacheBytesOption = None,
     missing_mass: MissingOption = None,
     quality: QualityOption = None,
-    stats: Annotated[
-        Path | None, typer.Option("--stats", help="Write what each step and layer read here, one JSON object a line.")
-    ] = None,
+    stats: StatsOption = None,
     dense: Annotated[bool, typer.Option("--dense", help="Read everything: the baseline.")] = False,
-    lossless: Annotated[
-        bool, typer.Option("--lossless", help="Draft sparsely, verify densely: the text is that of dense decoding.")
-    ] = False,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare",
-            help="Decode greedily both ways and compare speed, KV bytes read and tokens; "
-            "with --compile both of ours are compiled, and transformers is not.",
-        ),
-    ] = False,
+    lossless: LosslessOption = False,
+    compare: CompareOption = False,
 ) -> None:
     """Continue or answer a prompt; tokens appear as they come.
 

@@ -1,6 +1,5 @@
 """The operations of the compiled library on tensors. `reference` says what each computes."""
 
-from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -15,16 +14,13 @@ from sparse_attention_decoder.kernels.checks import (
     check_shape,
     checked_sketch,
 )
-from sparse_attention_decoder.kernels.cpu.library import DTYPES, PACKED, call
+from sparse_attention_decoder.kernels.cpu.fields import at, cache_fields, rotation_of, sketch_fields
+from sparse_attention_decoder.kernels.cpu.library import DTYPES, call
 from sparse_attention_decoder.kernels.packed import Packed, settled
 from sparse_attention_decoder.kernels.protocol import Coded
-from sparse_attention_decoder.kernels.rotation import rotation_parts
 from sparse_attention_decoder.selection import Regions
 
 Held = TypeVar("Held", Tensor, Packed, Tensor | Packed)
-
-# where a sketch keeps what kernels are told of it
-_FIELDS = "_cpu_fields"
 
 
 def pack(x: Tensor, into: Packed) -> None:
@@ -35,8 +31,8 @@ def pack(x: Tensor, into: Packed) -> None:
         raise ShapeError(f"{tuple(x.shape)} does not fit a packed view of {tuple(into.shape)}")
     x = x.contiguous()
     call(
-        "sad_pack", cache_fields(into, None), new_key=_at(x), query_type=DTYPES[x.dtype], count=x.shape[2],
-        rotation=_at(_rotation(x.shape[3])),
+        "sad_pack", cache_fields(into, None), new_key=at(x), query_type=DTYPES[x.dtype], count=x.shape[2],
+        rotation=at(rotation_of(x.shape[3])),
     )  # fmt: skip
 
 
@@ -48,8 +44,8 @@ def fit(keys: Tensor | Packed) -> tuple[Tensor, Tensor]:
     mean, deviation = torch.empty(heads, dim), torch.empty(heads, dim)
     held = _rows(keys)[None]
     call(
-        "sad_fit", cache_fields(held, None), count=tokens, mean=_at(mean), deviation=_at(deviation),
-        rotation=_at(_rotation(dim)),
+        "sad_fit", cache_fields(held, None), count=tokens, mean=at(mean), deviation=at(deviation),
+        rotation=at(rotation_of(dim)),
     )  # fmt: skip
     return mean, deviation
 
@@ -82,7 +78,7 @@ def score(query: Tensor, coded: Coded, low: int, high: int, scaling: float, out:
     if high > low:
         call(
             "sad_score", _query(query, heads), sketch_fields(coded), kv_heads=heads, dim=query.shape[2], low=low,
-            high=high, scaling=scaling, logits=_at(logits),
+            high=high, scaling=scaling, logits=at(logits),
         )  # fmt: skip
     return logits
 
@@ -99,10 +95,10 @@ def select(
     middle = None if middle is None else middle.contiguous()
     tokens, counts, missing, of_heads = _chosen(batch, heads, group, width)
     call(
-        "sad_select", batch=batch, kv_heads=heads, group=group, dim=8, value_dim=8, logits=_at(logits),
-        near_lse=_at(near_lse), low=low, high=low + width, middle=_at(middle), floor=floor,
-        cap=-1 if cap is None else cap, threshold=threshold, tokens=_at(tokens), tokens_room=width,
-        counts=_at(counts), missing=_at(missing), head_missing=_at(of_heads),
+        "sad_select", batch=batch, kv_heads=heads, group=group, dim=8, value_dim=8, logits=at(logits),
+        near_lse=at(near_lse), low=low, high=low + width, middle=at(middle), floor=floor,
+        cap=-1 if cap is None else cap, threshold=threshold, tokens=at(tokens), tokens_room=width,
+        counts=at(counts), missing=at(missing), head_missing=at(of_heads),
     )  # fmt: skip
     return tokens, counts, missing, of_heads
 
@@ -119,8 +115,8 @@ def attend(
         raise ShapeError(f"tokens {int(tokens.min())} to {int(tokens.max())} are not all of the {keys.shape[2]} cached")
     valid = None if valid is None else valid.contiguous()
     # an empty tensor may have no address, and no list means every token
-    listed = tokens.data_ptr() or _at(_rotation(8))
-    return _attend(query, keys, values, scaling, listed, tokens.shape[2], _at(valid), 0)
+    listed = tokens.data_ptr() or at(rotation_of(8))
+    return _attend(query, keys, values, scaling, listed, tokens.shape[2], at(valid), 0)
 
 
 def attend_all(
@@ -130,7 +126,7 @@ def attend_all(
     check_cache(query, keys, values)
     check_shape("valid", valid, (keys.shape[0], keys.shape[2]), torch.bool)
     valid = None if valid is None else valid.contiguous()
-    return _attend(query, keys, values, scaling, 0, 0, 0, _at(valid))
+    return _attend(query, keys, values, scaling, 0, 0, 0, at(valid))
 
 
 def attend_causal(query: Tensor, keys: Tensor | Packed, values: Tensor | Packed, scaling: float) -> Tensor:
@@ -150,7 +146,7 @@ def attend_causal(query: Tensor, keys: Tensor | Packed, values: Tensor | Packed,
     keys, values = _rows(keys), _rows(values)
     output, lse = _results(together, values)
     call(
-        "sad_verify", _query(together, kv_heads), cache_fields(keys, values), output=_at(output), lse=_at(lse),
+        "sad_verify", _query(together, kv_heads), cache_fields(keys, values), output=at(output), lse=at(lse),
         scaling=scaling, count=count,
     )  # fmt: skip
     return output.view(batch, kv_heads, count, heads // kv_heads, -1).transpose(2, 3).flatten(1, 2)
@@ -197,12 +193,12 @@ def step(
     tokens, counts, missing, of_heads = _chosen(batch, heads, query.shape[1] // heads, width)
     log_weights = torch.empty(batch, heads, width) if sampled and threshold > 0 else None
     most = call(
-        "sad_step", _query(query, heads), cache_fields(keys, values), sketch_fields(coded), output=_at(output),
-        lse=_at(lse), near=_at(near), near_valid=_at(near_valid), near_count=regions.near.shape[1], low=regions.low,
-        high=regions.high, middle=_at(middle), floor=floor, cap=-1, threshold=threshold, scaling=scaling,
-        tokens=_at(tokens), tokens_room=width, counts=_at(counts), missing=_at(missing), head_missing=_at(of_heads),
-        new_key=_at(key), new_value=_at(value), count=int(appended is not None), sampled=int(log_weights is not None),
-        log_weights=_at(log_weights),
+        "sad_step", _query(query, heads), cache_fields(keys, values), sketch_fields(coded), output=at(output),
+        lse=at(lse), near=at(near), near_valid=at(near_valid), near_count=regions.near.shape[1], low=regions.low,
+        high=regions.high, middle=at(middle), floor=floor, cap=-1, threshold=threshold, scaling=scaling,
+        tokens=at(tokens), tokens_room=width, counts=at(counts), missing=at(missing), head_missing=at(of_heads),
+        new_key=at(key), new_value=at(value), count=int(appended is not None), sampled=int(log_weights is not None),
+        log_weights=at(log_weights),
     )  # fmt: skip
     weights = None if log_weights is None else log_weights[..., :most]
     return output, lse, tokens[..., :most], counts, missing, weights, of_heads
@@ -221,8 +217,8 @@ def _attend(
     query, keys, values = _query_rows(query, keys.shape[1]), _rows(keys), _rows(values)
     output, lse = _results(query, values)
     call(
-        "sad_attend", _query(query, keys.shape[1]), cache_fields(keys, values), output=_at(output),
-        lse=_at(lse), scaling=scaling, tokens=tokens, tokens_room=count, tokens_valid=listed, middle=valid,
+        "sad_attend", _query(query, keys.shape[1]), cache_fields(keys, values), output=at(output),
+        lse=at(lse), scaling=scaling, tokens=tokens, tokens_room=count, tokens_valid=listed, middle=valid,
     )  # fmt: skip
     return output, lse
 
@@ -250,55 +246,6 @@ def _query(query: Tensor, kv_heads: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def cache_fields(keys: Tensor | Packed, values: Tensor | Packed | None) -> dict[str, int]:
-    """The struct's fields of a cache."""
-    batch, heads, length, dim = keys.shape
-    kind = PACKED[keys.codes.dtype] if isinstance(keys, Packed) else DTYPES[keys.dtype]
-    fields = {"batch": batch, "kv_heads": heads, "dim": dim, "cache_type": kind, "length": length}
-    fields.update(_held("key", keys))
-    if values is not None:
-        fields["value_dim"] = values.shape[3]
-        fields.update(_held("value", values))
-        if isinstance(values, Packed):
-            fields["rotation"], fields["value_rotation"] = _at(_rotation(dim)), _at(_rotation(values.shape[3]))
-    return fields
-
-
-def _held(name: str, x: Tensor | Packed) -> dict[str, int]:
-    if isinstance(x, Packed):
-        return _packed(name, x)
-    row, head, token, _ = x.stride()
-    return {f"{name}s": x.data_ptr(), f"{name}_row": row, f"{name}_head": head, f"{name}_token": token}
-
-
-def _packed(name: str, x: Packed) -> dict[str, int]:
-    # as for a sketch
-    known: dict[str, int] | None = vars(x.stored).get(name)
-    if known is None or known[f"{name}s"] != x.codes.data_ptr():
-        row, head, _ = x.scales.stride()
-        known = vars(x.stored)[name] = {
-            **_held(name, x.codes), f"{name}_scales": x.scales.data_ptr(), f"{name}_scale_row": row,
-            f"{name}_scale_head": head, "whole_from": x.codes.shape[2],
-        }  # fmt: skip
-    return known if x.newest is None else known | _held(f"whole_{name}", x.newest)
-
-
-def sketch_fields(coded: Coded) -> dict[str, int]:
-    """The struct's fields of a sketch."""
-    # the same sketch comes back at every step: its addresses are looked up once, and anew in a deep copy
-    known: dict[str, int] | None = vars(coded).get(_FIELDS)
-    if known is None or known["codes"] != coded.codes.data_ptr():
-        codes, factors, mean = coded.codes, coded.factors, coded.statistics.mean
-        code_row, code_head, *_ = codes.stride()
-        factor_row, factor_head, _ = factors.stride()
-        known = vars(coded)[_FIELDS] = {
-            "codes": codes.data_ptr(), "code_row": code_row, "code_head": code_head, "factors": factors.data_ptr(),
-            "factor_row": factor_row, "factor_head": factor_head, "mean": mean.data_ptr(),
-            "deviation": coded.statistics.deviation.data_ptr(), "rotation": _rotation(mean.shape[2]).data_ptr(),
-        }  # fmt: skip
-    return known
-
-
 def _query_rows(query: Tensor, kv_heads: int) -> Tensor:
     check_query(query, kv_heads)
     return _rows(query)
@@ -309,12 +256,3 @@ def _rows(x: Held) -> Held:
     if isinstance(x, Packed):
         return x
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _at(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-@lru_cache(maxsize=16)
-def _rotation(dim: int) -> Tensor:
-    return rotation_parts(dim)

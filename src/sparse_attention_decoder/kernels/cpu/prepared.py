@@ -5,8 +5,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from sparse_attention_decoder.kernels.cpu.fields import cache_fields, sketch_fields
 from sparse_attention_decoder.kernels.cpu.library import DTYPES, FIELDS, filled, run
-from sparse_attention_decoder.kernels.cpu.operations import cache_fields, sketch_fields
 from sparse_attention_decoder.kernels.packed import Packed
 from sparse_attention_decoder.kernels.protocol import Coded
 
