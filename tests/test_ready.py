@@ -12,6 +12,7 @@ HEADS, KV_HEADS, DIM, SCALING = 6, 2, 16, 0.25
 SPARSE = AttentionConfig(sink_tokens=2, attention_window=8, top_k=5, threshold=0.01, dense_below=0)
 CONFIGS = {
     "sparse": SPARSE,
+    "far field": AttentionConfig(**{**vars(SPARSE), "far_field": 0.5}),
     "turning": AttentionConfig(sink_tokens=2, attention_window=8, top_k=5, threshold=0.01, dense_below=60),
     "dense": AttentionConfig(policy="dense", sink_tokens=1, attention_window=4, top_k=2),
 }

@@ -140,7 +140,7 @@ class SparseAttention(nn.Module):
             compiled.install(self.model)
         elif compile:
             if input_ids is None or not wanted or kwargs.get("past_key_values") is not None or lossless:
-                raise ConfigError("compile=True needs ids and max_new_tokens, no cache, no statistics, not lossless")
+                raise ConfigError("compile=True needs ids and max_new_tokens, makes the cache itself, is not lossless")
             mask = kwargs.get("attention_mask")
             kwargs["past_key_values"] = reading.read_into_static(self.model, self.config, input_ids, mask, wanted)
         kwargs = drafting(lossless, self.tokenizer, kwargs) if lossless else kwargs

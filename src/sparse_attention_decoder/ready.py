@@ -44,8 +44,8 @@ class Ready:
     def after(cls, state: LayerState, query: Tensor, scaling: float) -> "Ready | None":
         """Ready for what follows a step of queries [B, Hq, 1, D] that `state` has taken; None if it can serve none."""
         length, kernels = state.buffer.length, state.kernels
-        plain = state.cap is None and state.witness is None and state.dial is None and state.far is None
-        plain = plain and not state.config.sample_tail and isinstance(kernels, CpuKernels)
+        plain = state.cap is None and state.witness is None and state.dial is None and not state.config.sample_tail
+        plain = plain and isinstance(kernels, CpuKernels)
         # within the budget PyTorch's attention serves, bit for bit
         exact = state.buffer.kv_dtype is None and length <= state.config.budget_tokens
         if not plain or exact or query.stride(-1) != 1 or state.policy not in (DensePolicy, SketchPolicy):
@@ -73,5 +73,8 @@ class Ready:
             scored = (regions.high - regions.low) * self._bytes
             selection = Selection(counts, counts, missing, scored)
         buffer.advance()
+        if state.far is not None and selection is not None:
+            far = state.far.add(output[:, 0], self._call.head_missing, buffer.values, rows)
+            output = far.unsqueeze(1)
         state.ledger.note(buffer, rows.counts, self._dense, selection, self._dialled)
         return output

@@ -48,6 +48,8 @@ class PreparedStep:
         self._shape, self._strides = (batch, 1, heads, values.shape[3]), query.stride()
         self._dtype, self._units = query.dtype, keys.shape[:2]
         lse = torch.empty(batch, heads)
+        # missing mass of each query head [B, Hq] in the newest sparse step
+        self.head_missing = torch.empty(batch, heads)
         # the call holds their addresses
         self._held = (keys, values, coded, lse)
         self._operation = "sad_attend" if coded is None else "sad_step"
@@ -55,7 +57,7 @@ class PreparedStep:
         fields = {
             "group": heads // keys.shape[1], "query_type": DTYPES[query.dtype], "query_row": self._strides[0],
             "query_head": self._strides[1], "lse": lse.data_ptr(), "low": low, "near_count": near_count,
-            "floor": floor, "cap": -1, "scaling": scaling,
+            "floor": floor, "cap": -1, "scaling": scaling, "head_missing": self.head_missing.data_ptr(),
         }  # fmt: skip
         struct = bytearray(filled(fields, cache_fields(keys, values), {} if coded is None else sketch_fields(coded)))
         # two views of the same bytes

@@ -71,7 +71,7 @@ class Ours:
         self.cache = self.decoder.prefill(self.prompt[:, :-1], watched=[config.policy for config in self.configs])
         seconds = time.perf_counter() - begun
         buffers = [layer.state.buffer for layer in self.cache.sparse_layers]
-        per_token = sum((buffer.keys[:, :, 0].nbytes + buffer.values[:, :, 0].nbytes) for buffer in buffers)
+        per_token = sum(b.token_bytes(b.kv_dtype) * b.shape[0] * b.shape[1] for b in buffers)
         self.alone = resident_bytes()
         # rows and KV heads of a layer
         heads = buffers[0].shape[0] * buffers[0].shape[1]
