@@ -85,17 +85,18 @@ void append(const sad_call* c, Unit u) {
   own.batch = own.kv_heads = own.count = own.threads = 1;
   own.keys = key;
   own.start = 0;
+  // of a packed cache; they outlive the block below, for the code is made of them
+  [[maybe_unused]] T row[is_packed<T> ? SAD_MOST_DIM : 1];
+  [[maybe_unused]] uint16_t scale;
   if constexpr (is_packed<T>) {
     const int64_t element = c->query_type == SAD_FLOAT32 ? 4 : 2;
     own.new_key = static_cast<const char*>(c->new_key) + u.index * c->dim * element;
     const char* new_value = static_cast<const char*>(c->new_value) + u.index * c->value_dim * element;
     const bool stays_whole = has_whole(c);
     // a key is coded as it will be stored, whenever that is
-    T row[SAD_MOST_DIM];
-    uint16_t scale;
     own.keys = stays_whole ? row : key;
     own.key_scales = stays_whole ? &scale : const_cast<uint16_t*>(held_keys<T>(c, u).scales) + last;
-    SAD_NAMED(pack)(&own);
+    if (!stays_whole || c->count) SAD_NAMED(pack)(&own);
     if (stays_whole) {
       const int64_t token = last - c->whole_from;
       const int64_t key_at = u.row * c->whole_key_row + u.head * c->whole_key_head + token * c->whole_key_token;
