@@ -1,3 +1,4 @@
+import ctypes
 import os
 from collections.abc import Iterator
 
@@ -31,12 +32,19 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(scope="module", params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test with each instruction set of the compiled kernels that this machine has."""
+@pytest.fixture(scope="session")
+def compiled_library() -> ctypes.CDLL:
+    """The compiled kernels; without them a test is skipped, or fails where they must be there."""
     library = load()
     if isinstance(library, str):
         (pytest.fail if os.environ.get(REQUIRE_CPU) else pytest.skip)(library)
+    return library
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def isa(request: pytest.FixtureRequest, compiled_library: ctypes.CDLL) -> Iterator[str]:
+    """Run a test with each instruction set of the compiled kernels that this machine has."""
+    library = compiled_library
     before = library.sad_isa()
     if not library.sad_use_isa(request.param.encode()):
         # instructions the CPU lacks cannot be run; portable is never missing, so no test is skipped altogether

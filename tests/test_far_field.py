@@ -9,11 +9,11 @@ from tiny import build, prompt, replay
 
 from sparse_attention_decoder import AttentionConfig, enable
 from sparse_attention_decoder.attention import decode_step
-from sparse_attention_decoder.cache import FarField
+from sparse_attention_decoder.cache import FarField, KVBuffer
 from sparse_attention_decoder.cache.sketch import fit_length
 from sparse_attention_decoder.errors import BackendError, ConfigError
+from sparse_attention_decoder.kernels import plain, settled
 from sparse_attention_decoder.kernels.cpu import CpuKernels
-from sparse_attention_decoder.kernels.cpu.library import load
 from sparse_attention_decoder.kernels.reference import REFERENCE
 from sparse_attention_decoder.selection import Rows
 
@@ -49,11 +49,23 @@ def test_with_every_token_read_it_changes_nothing() -> None:
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_the_mean_of_a_packed_cache_does_not_depend_on_which_tokens_are_whole(kv_dtype) -> None:
+    keys, values, means = randn(0, 1, 2, 160, 16), randn(1, 1, 2, 160, 16), []
+    for ahead in (0, 60):
+        buffer = KVBuffer(kv_dtype)
+        buffer.append(keys[:, :, : 100 + ahead], values[:, :, : 100 + ahead])
+        # further back than there are whole tokens to go back to: fewer are whole
+        buffer.truncate(100)
+        means.append(FarField(2).add(torch.zeros(1, 2, 16), torch.ones(1, 2), buffer.values, Rows.full(1, 100)))
+    assert torch.equal(*means)
+
+
 @pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda one: one.name)
 @pytest.mark.parametrize(("group", "tokens"), [(1, 90), (3, 90), (3, 17000)])
-def test_shares_of_heads_are_the_definitions_and_average_to_the_groups(kernels, group, tokens) -> None:
-    if kernels is CPU and isinstance(load(), str):
-        pytest.skip(load())
+def test_shares_of_heads_are_the_definitions_and_average_to_the_groups(kernels, group, tokens, request) -> None:
+    if kernels is CPU:
+        request.getfixturevalue("compiled_library")
     query, keys = 2 * randn(0, 1, 2 * group, 64), randn(1, 1, 2, tokens, 64)
     regions = Rows.full(1, tokens).regions(4, 16, keys.device)
     sketch = coded(keys, fit(keys))
@@ -104,11 +116,11 @@ def test_rows_take_their_mean_along() -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
-def test_packed_values_have_the_mean_of_what_is_stored(kv_dtype: str) -> None:
+def test_packed_values_have_the_mean_of_what_is_or_will_be_stored(kv_dtype: str) -> None:
     layer = layer_with(randn(1, 1, 2, 80, 16), randn(2, 1, 2, 80, 16), kv_dtype=kv_dtype, far_field=1.0)
     output, missing = torch.zeros(1, 6, 16), torch.ones(1, 6)
     found = FarField(2).add(output, missing, layer.buffer.values, Rows.full(1, 80))
-    stored = layer.buffer.plain_values[:, :, 2 : fit_length(80)].mean(2)
+    stored = plain(settled(layer.buffer.values))[:, :, 2 : fit_length(80)].mean(2)
     torch.testing.assert_close(found.unflatten(1, (2, 3)), stored.unsqueeze(2).expand(-1, -1, 3, -1), rtol=0, atol=1e-5)
 
 

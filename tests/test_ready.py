@@ -1,5 +1,8 @@
 """Steps in a row: bit for bit those that are taken one by one, and whatever happens in between."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -105,3 +108,13 @@ def test_within_the_budget_attention_stays_pytorchs():
     both = Both(CONFIGS["dense"], 1, torch.float32, 2)
     both.step()
     assert both.ready is None
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["deep", "file"]
+)
+def test_a_copy_of_a_layer_has_nothing_ready_for_its_call_holds_addresses(copied):
+    both = Both(SPARSE, 2, torch.float32, 30)
+    for _ in range(5):
+        both.step()
+    assert both.ready is not None and copied([both.ready]) == [None]

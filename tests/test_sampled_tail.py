@@ -124,9 +124,9 @@ def attended(layer: LayerState, query: Tensor, rows: Rows, selection: Selection)
 @pytest.mark.parametrize("mask", [left_padded(300, 300), left_padded(300, 211, 90)], ids=["whole", "padded"])
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_the_output_is_attention_over_what_was_read_with_its_weights(backend, kv_dtype, mask):
-    if backend == "cpu" and CpuKernels().refuses(Request(torch.device("cpu"), torch.float32, 16)):
-        pytest.skip("the compiled library is not there")
+def test_the_output_is_attention_over_what_was_read_with_its_weights(backend, kv_dtype, mask, request):
+    if backend == "cpu":
+        request.getfixturevalue("compiled_library")
     batch = len(mask)
     keys, values, query = skewed_keys(1, batch, 2, 300, 16), randn(2, batch, 2, 300, 24), randn(3, batch, 6, 16)
     rows = Rows.from_mask(mask)

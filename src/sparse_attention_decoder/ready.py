@@ -52,6 +52,10 @@ class Ready:
             return None
         return cls(state, query, scaling, state.dense_rows(Rows.full(1, length))[0])
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of a cache lies elsewhere, and this holds addresses: the copy has None in its place."""
+        return type(None), ()
+
     def step(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """Append keys and values [B, Hkv, 1, D] and attend with queries [B, Hq, 1, D]: [B, 1, Hq, Dv], or None."""
         state, buffer = self._state, self._state.buffer

@@ -106,5 +106,7 @@ def _mean(values: Tensor | Packed) -> Tensor:
     if isinstance(values, Tensor):
         return values.sum(1, dtype=_work(values)) / count
     # a piece at a time, so that there is never a float copy of the whole cache
-    pieces = [values[:, start : start + _PIECE].rotated().sum(1) for start in range(0, values.shape[1], _PIECE)]
+    pieces = [
+        values[:, start : start + _PIECE].settled().rotated().sum(1) for start in range(0, values.shape[1], _PIECE)
+    ]
     return unrotate(torch.stack(pieces).sum(0)) / count if pieces else torch.zeros(values.shape[0], values.shape[2])

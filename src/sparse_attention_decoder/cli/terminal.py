@@ -58,7 +58,7 @@ KvOption = Annotated[
 ]
 QualityOption = Annotated[
     Quality | None,
-    typer.Option("--quality", help="A measured preset in place of threshold, window and missing mass."),
+    typer.Option("--quality", help="A measured preset in place of threshold and window."),
 ]
 MissingOption = Annotated[
     float | None,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class Siblings(nn.Module):
             return product[number]
 
         for number, member in enumerate(self._members):
-            member.product = lambda flat, number=number: part(number, flat)  # type: ignore[misc]
+            member.product = partial(part, number)
         try:
             yield
         finally:
