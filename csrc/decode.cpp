@@ -1,7 +1,8 @@
-// score, select, attend, the step that does all three, and verify.
+// score, select, attend, the step that does all three, verify, and products.
 #include "kernels.h"
 #include "parallel.h"
 #include "attend.h"
+#include "product.h"
 #include "sift.h"
 #include "verify.h"
 
@@ -292,3 +293,8 @@ int SAD_NAMED(attend)(const sad_call* c) { SAD_BY_TYPE(append_and_attend) }
 int SAD_NAMED(step)(const sad_call* c) { SAD_BY_TYPE(step) }
 int SAD_NAMED(verify)(const sad_call* c) { SAD_BY_FLOAT(verify) }
 int SAD_NAMED(read)(const sad_call* c) { return read_all(c); }
+int SAD_NAMED(multiply)(const sad_product* c) {
+  if (c->type == SAD_BFLOAT16) return product<bf16>(c);
+  if (c->type == SAD_FLOAT16) return product<f16>(c);
+  return product<float>(c);
+}

@@ -11,11 +11,12 @@ namespace {
 struct Isa {
   const char* name;
   sad_operation fit, encode, score, select, attend, step, read, pack, verify;
+  sad_multiplication multiply;
 };
 
 #define SAD_ISA_ROW(isa) \
   {#isa, sad_fit_##isa, sad_encode_##isa, sad_score_##isa, sad_select_##isa, sad_attend_##isa, sad_step_##isa, \
-   sad_read_##isa, sad_pack_##isa, sad_verify_##isa}
+   sad_read_##isa, sad_pack_##isa, sad_verify_##isa, sad_multiply_##isa}
 
 // best first
 const Isa ISAS[] = {
@@ -103,6 +104,7 @@ int sad_use_isa(const char* name) {
 }
 
 int64_t sad_call_size(void) { return int64_t(sizeof(sad_call)); }
+int64_t sad_product_size(void) { return int64_t(sizeof(sad_product)); }
 
 int sad_fit(const sad_call* call) { return in_use->fit(call); }
 int sad_encode(const sad_call* call) { return in_use->encode(call); }
@@ -113,4 +115,5 @@ int sad_step(const sad_call* call) { return in_use->step(call); }
 int sad_read(const sad_call* call) { return in_use->read(call); }
 int sad_pack(const sad_call* call) { return in_use->pack(call); }
 int sad_verify(const sad_call* call) { return in_use->verify(call); }
+int sad_multiply(const sad_product* product) { return in_use->multiply(product); }
 }

@@ -19,11 +19,13 @@ struct sad_weights {
 };
 
 typedef int (*sad_operation)(const sad_call*);
+typedef int (*sad_multiplication)(const sad_product*);
 
 #define SAD_DECLARE(isa)                                                                                     \
   int sad_fit_##isa(const sad_call*), sad_encode_##isa(const sad_call*), sad_score_##isa(const sad_call*);   \
   int sad_select_##isa(const sad_call*), sad_attend_##isa(const sad_call*), sad_step_##isa(const sad_call*); \
   int sad_read_##isa(const sad_call*), sad_pack_##isa(const sad_call*), sad_verify_##isa(const sad_call*);   \
+  int sad_multiply_##isa(const sad_product*);                                                                \
   void sad_weigh_##isa(const sad_call*, int64_t unit, sad_weights*);
 
 SAD_DECLARE(portable)

@@ -92,6 +92,19 @@ typedef struct {
   float* log_weights;
 } sad_call;
 
+// A matrix [rows, columns] of `type`, float32, bfloat16 or float16, and `count` rows to multiply it with.
+// columns is a multiple of 8. kernels/cpu/products.py fills it.
+typedef struct {
+  int64_t count, rows, columns, threads, type;
+  // input [count, columns] and output [count, rows], contiguous; matrix rows are `matrix_row` elements apart
+  const void* input;
+  const void* matrix;
+  int64_t matrix_row;
+  // [rows], or null
+  const void* bias;
+  void* output;
+} sad_product;
+
 // torch_parallel_for of libtorch_cpu: runs work(begin, end, context) on torch's own threads
 typedef int32_t (*sad_parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*work)(int64_t, int64_t, void*),
                                     void* context);
@@ -104,6 +117,7 @@ const char* sad_isa(void);
 // force one; 1 where this machine and build have it
 int sad_use_isa(const char* name);
 int64_t sad_call_size(void);
+int64_t sad_product_size(void);
 
 // moments of the rotated keys of one row: keys of row 0, tokens 0 .. count - 1 -> mean, deviation [Hkv, D]
 int sad_fit(const sad_call* call);
@@ -123,6 +137,8 @@ int sad_attend(const sad_call* call);
 int sad_verify(const sad_call* call);
 // append (where there is a new token), score, select and attend in one call; answers the largest of the counts
 int sad_step(const sad_call* call);
+// input matrix^T + bias -> output, each row as it would be alone, bit for bit
+int sad_multiply(const sad_product* product);
 // reads `count` bytes of `codes` in order, their XOR into counts[0]: the bandwidth that a scan is measured against
 int sad_read(const sad_call* call);
 

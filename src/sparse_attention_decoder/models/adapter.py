@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import NonFiniteError, UnsupportedError
-from sparse_attention_decoder.models import compiled, families, identity, tuned
+from sparse_attention_decoder.models import compiled, families, identity, linears, tuned
 from sparse_attention_decoder.models.cache import LAYER_TAG, STOCK_TAG, SparseCache, SparseLayer
 from sparse_attention_decoder.models.packed import named_scales
 from sparse_attention_decoder.models.static import StaticSparseCache, StaticSparseLayer
@@ -66,9 +66,7 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
     families.check(model, config.kv_dtype)
     _require_finite_weights(model)
     identity.check(model, config)
-    # made before anything is changed: it may refuse the config
     is_sparse = bool(SparseCache(model.config, config).sparse_layers)
-    # a compiled step stays: it serves any config
     take_off(model)
     previous = model.config._attn_implementation
     AttentionInterface.register(NAME, sparse_attention_forward)
@@ -82,6 +80,7 @@ def enable(model: Model, config: AttentionConfig | None = None) -> Model:
         logger.warning(
             "%s has no full-attention layer: nothing to read sparsely, it runs as before", model.config.model_type
         )
+    linears.install(model, config.backend)
     hook = model.register_forward_pre_hook(_give_cache, with_kwargs=True)
     original = getattr(model, _PREPARE)
     setattr(model, _STATE, _Enabled(config, previous, hook, vars(model).get(_PREPARE)))
@@ -110,6 +109,7 @@ def take_off(model: PreTrainedModel) -> None:
     """Undo `enable`, but leave a compiled step: it serves no other cache than ours, and comes back with `enable`."""
     state: _Enabled | None = getattr(model, _STATE, None)
     if state is not None:
+        linears.remove(model)
         state.hook.remove()
         delattr(model, _STATE)
         # set on the instance over the class's method, so deleting uncovers that

@@ -32,7 +32,7 @@ Stage = Callable[[str], None]
 Step = Callable[[Tensor, Tensor], Tensor]
 
 # raise it when a step is traced or compiled otherwise: what older versions left is then compiled again
-_FORMAT = 1
+_FORMAT = 2
 # the first whose ahead-of-time compiler this was tested with
 _LEAST_TORCH = (2, 13)
 _STATE = "_sparse_compiled"

@@ -95,6 +95,8 @@ FIELDS = [
     "log_weights",
 ]
 _LAYOUT = Struct("=" + "".join("d" if name in ("threshold", "scaling") else "q" for name in FIELDS))
+# sad_product, whose fields are all integers and addresses
+PRODUCT = Struct("=10q")
 _NOTHING: dict[str, float] = dict.fromkeys(FIELDS, 0)
 
 # of queries and of a cache; the last two are codes of a packed one
@@ -121,7 +123,8 @@ def _open() -> ctypes.CDLL | str:
         return f"{path.name} does not load: {error}"
     library.sad_isa.restype = ctypes.c_char_p
     library.sad_call_size.restype = ctypes.c_int64
-    if library.sad_call_size() != _LAYOUT.size:
+    library.sad_product_size.restype = ctypes.c_int64
+    if (library.sad_call_size(), library.sad_product_size()) != (_LAYOUT.size, PRODUCT.size):
         return f"{path.name} is of another version of this package; install it anew"
     _share_threads(library)
     wanted = os.environ.get(ISA_VARIABLE)

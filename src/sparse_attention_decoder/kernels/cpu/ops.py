@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import sparse_attention_decoder.kernels.cpu.operations as operations
+from sparse_attention_decoder.kernels.cpu.products import multiply
 from sparse_attention_decoder.kernels.protocol import Coded, Statistics
 from sparse_attention_decoder.selection import Rows
 
@@ -33,6 +34,7 @@ _library.define(
     "Tensor(d!) factors, Tensor mean, Tensor deviation, int sinks, int window, int floor, float threshold, "
     "float scaling) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define("multiply(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def _encode(keys: Tensor, codes: Tensor, factors: Tensor, mean: Tensor, deviation: Tensor, start: int) -> None:
@@ -113,6 +115,10 @@ def _fake_step(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: 
     return (*_results(query, values), *_chosen(query, *keys.shape[:2]))
 
 
+def _fake_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 for _name, _real, _fake in (
     ("encode", _encode, lambda *_: None),
     ("score", _score, _fake_score),
@@ -120,6 +126,7 @@ for _name, _real, _fake in (
     ("attend", operations.attend, _fake_attend),
     ("attend_all", operations.attend_all, _fake_attend),
     ("step", _step, _fake_step),
+    ("multiply", multiply, _fake_multiply),
 ):
     _library.impl(_name, _real, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
