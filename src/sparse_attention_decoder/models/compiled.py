@@ -79,6 +79,11 @@ def install(model: PreTrainedModel, on_stage: Stage | None = None) -> None:
     model.forward = _dispatch(model, steps, model.forward)
 
 
+def is_installed(model: PreTrainedModel) -> bool:
+    """Whether decode steps of this model run compiled."""
+    return hasattr(model, _STATE)
+
+
 def remove(model: PreTrainedModel) -> None:
     """Undo `install`. Does nothing to a model that has no compiled step."""
     if hasattr(model, _STATE):

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -19,6 +20,8 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, Sto
 
 from sparse_attention_decoder.errors import ConfigError, InputError, UnsupportedError
 from sparse_attention_decoder.models.cache import SparseCache
+from sparse_attention_decoder.models.compiled import is_installed
+from sparse_attention_decoder.models.drafter import drafter_of, is_smaller
 from sparse_attention_decoder.models.pace import Pace
 from sparse_attention_decoder.models.text import Text
 from sparse_attention_decoder.models.verifying import MOST_VERIFIED, RowsAlone, reading_all
@@ -44,14 +47,17 @@ class Lossless:
     Args:
         drafts: tokens drafted before each dense pass, 1 to 15; None lets the number follow what is accepted and what
             steps and passes are measured to take, and drafts nothing where that would be slower.
+        weights: what drafts: "own", the model itself; "int4", a packed copy of it whose steps run compiled, see
+            `models.drafter`; None takes int4 for a model in 16 or 32 bits whose own steps run compiled, else its own.
     tokens: decoded, the prompt's own pass not counted, added up over calls; passes: dense passes that it took.
     drafted, accepted: tokens proposed by sparse attention, and those of them that dense attention chose too.
     reason: why nothing is drafted at the moment; None while something is.
     Raises:
-        ConfigError: a number of drafts that one pass does not verify.
+        ConfigError: a number of drafts that one pass does not verify, or other weights.
     """
 
     drafts: int | None = None
+    weights: str | None = None
     tokens: int = field(default=0, init=False)
     passes: int = field(default=0, init=False)
     drafted: int = field(default=0, init=False)
@@ -61,6 +67,8 @@ class Lossless:
     def __post_init__(self) -> None:
         if self.drafts is not None and not 0 < self.drafts < MOST_VERIFIED:
             raise ConfigError(f"drafts is {self.drafts!r}; expected 1 to {MOST_VERIFIED - 1}, or None to adapt")
+        if self.weights not in ("own", "int4", None):
+            raise ConfigError(f'weights is {self.weights!r}; expected "own" or "int4", or None to choose')
 
     @property
     def acceptance(self) -> float:
@@ -92,6 +100,8 @@ class Drafting:
         self._pace = Pace(lossless.drafts)
         # the first sparse step makes the index of the whole prompt: no measure of those to come
         self._is_indexed = False
+        # whether a pass over several tokens has to take layers' rows apart: the first one shows it
+        self._takes_apart = True
 
     def __call__(
         self,
@@ -105,9 +115,10 @@ class Drafting:
         """Ids [1, T] of prompt and answer, or what `return_dict_in_generate` asks for."""
         held = _checked(input_ids, generation_config, model_kwargs)
         text = Text(input_ids, logits_processor, stopping_criteria, bool(generation_config.do_sample))
+        drafter = drafter_of(model) if self._packs(model) else model
         held.activate_past_recording()
         try:
-            self._decode(model, held, text)
+            self._decode(model, drafter, held, text)
         finally:
             for layer in held.layers:
                 if hasattr(layer, "record_past"):
@@ -118,18 +129,27 @@ class Drafting:
             return GenerateDecoderOnlyOutput(sequences=text.ids, past_key_values=held)
         return text.ids
 
-    def _decode(self, model: PreTrainedModel, held: SparseCache, text: "Text") -> None:
+    def _packs(self, model: PreTrainedModel) -> bool:
+        weights = self._lossless.weights
+        if weights == "int4" and not is_smaller(model):
+            raise UnsupportedError(
+                'Lossless(weights="int4") packs a model of 16- or 32-bit weights on a CPU; use "own"'
+            )
+        return weights == "int4" or (weights is None and is_installed(model) and is_smaller(model))
+
+    def _decode(self, model: PreTrainedModel, drafter: PreTrainedModel, held: SparseCache, text: Text) -> None:
         new = text.ids[:, held.get_seq_length() :]
         # the prompt is read as always; of a single token as a dense step
-        logits = _dense(model, held, new) if new.shape[1] == 1 else _logits(model, held, new)
+        logits = self._dense(model, held, new) if new.shape[1] == 1 else _logits(model, held, new)
         held.crop(0)
         done = self._take(text, text.choose(text.ids, logits[-1:], 0)[0])
         while not done:
             begun, before = time.perf_counter(), text.ids.shape[1]
-            draft, probabilities = self._draft(model, held, text)
+            draft, probabilities = self._draft(drafter, held, text)
             passed = time.perf_counter()
-            logits = _dense(model, held, torch.cat([text.ids[:, -1:], draft], 1))
-            self._pace.record_pass(len(logits), time.perf_counter() - passed)
+            logits = self._dense(model, held, torch.cat([text.ids[:, -1:], draft], 1))
+            if self._is_indexed or len(logits) == 1:
+                self._pace.record_pass(len(logits), time.perf_counter() - passed)
             accepted, guesses = 0, [*draft[0].tolist(), None]
             for guess, row in zip(guesses, logits.split(1), strict=True):
                 token, _ = text.choose(text.ids, row, 0)
@@ -142,13 +162,24 @@ class Drafting:
             self._lossless.tokens += text.ids.shape[1] - before
             self._count(probabilities, accepted, time.perf_counter() - begun)
 
-    def _draft(self, model: PreTrainedModel, held: SparseCache, text: "Text") -> tuple[Tensor, list[float]]:
+    def _dense(self, model: PreTrainedModel, held: SparseCache, ids: Tensor) -> Tensor:
+        """Logits [N, V] behind each of ids [1, N], as N dense steps give them."""
+        with reading_all(held):
+            if ids.shape[1] == 1:
+                return _logits(model, held, ids)
+            with RowsAlone() if self._takes_apart else nullcontext() as apart:
+                output = model(input_ids=ids, past_key_values=held, use_cache=True)
+            self._takes_apart = apart is not None and apart.count > 0
+            logits: Tensor = output.logits[0].float()
+            return logits
+
+    def _draft(self, drafter: PreTrainedModel, held: SparseCache, text: Text) -> tuple[Tensor, list[float]]:
         """Tokens [1, K] that sparse steps choose, and the probability that they gave each; the cache is as before."""
         ids, probabilities, chance = text.ids, list[float](), 1.0
         most = text.room - 1 if self._may_draft(held) else 0
         while len(probabilities) < most and self._pace.goes_on(len(probabilities), chance):
             begun = time.perf_counter()
-            logits = _logits(model, held, ids[:, -1:])
+            logits = _logits(drafter, held, ids[:, -1:])
             token, probability = text.choose(ids, logits, len(probabilities))
             ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], 1)
             probabilities.append(probability)
@@ -173,7 +204,7 @@ class Drafting:
             self._lossless.reason = f"no drafts at {rows.length} tokens, for {reason}; {self._pace}"
         return reason is None
 
-    def _take(self, text: "Text", token: int) -> bool:
+    def _take(self, text: Text, token: int) -> bool:
         done = text.take(token)
         if self._streamer is not None:
             self._streamer.put(text.ids[:, -1].cpu())
@@ -216,17 +247,6 @@ def _logits(model: PreTrainedModel, held: SparseCache, ids: Tensor) -> Tensor:
     """Logits [1, V] behind the newest of ids [1, N], which are read into the cache."""
     logits: Tensor = model(input_ids=ids, past_key_values=held, use_cache=True, logits_to_keep=1).logits[0].float()
     return logits
-
-
-def _dense(model: PreTrainedModel, held: SparseCache, ids: Tensor) -> Tensor:
-    """Logits [N, V] behind each of ids [1, N], as N dense steps give them."""
-    with reading_all(held):
-        if ids.shape[1] == 1:
-            return _logits(model, held, ids)
-        with RowsAlone():
-            output = model(input_ids=ids, past_key_values=held, use_cache=True)
-        logits: Tensor = output.logits[0].float()
-        return logits
 
 
 def _checked(ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> SparseCache:

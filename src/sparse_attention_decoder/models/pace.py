@@ -62,20 +62,19 @@ class Pace:
 
     def record_step(self, seconds: float) -> None:
         """A draft step took so long."""
-        self._step = _faded(self._step, seconds)
+        self._step = _least(self._step, seconds)
 
     def record_pass(self, tokens: int, seconds: float) -> None:
         """A dense pass over so many tokens took so long."""
         if tokens == 1:
             declined = not self._paused and self._rounds >= _TRIAL and self._since < _CALIBRATION
-            # the first is slower: memory is touched for the first time
-            self._alone = seconds if self._alone is None else min(seconds, _faded(self._alone, seconds))
+            self._alone = _least(self._alone, seconds)
             self._since = 0
             self._paused = max(0, self._paused - 1)
             if declined:
                 self._rest()
         elif self._alone is not None:
-            self._further = _faded(self._further, max(0.0, seconds - self._alone) / (tokens - 1))
+            self._further = _least(self._further, max(0.0, seconds - self._alone) / (tokens - 1))
 
     def record_round(self, probabilities: list[float], accepted: int, seconds: float) -> None:
         """A draft of tokens with these probabilities was verified: the first `accepted` of them were right."""
@@ -106,5 +105,6 @@ def _place(probability: float) -> int:
     return sum(probability >= edge for edge in _EDGES)
 
 
-def _faded(before: float | None, now: float) -> float:
-    return now if before is None else _FADE * before + (1 - _FADE) * now
+def _least(before: float | None, now: float) -> float:
+    """A measurement that follows slower ones slowly: the first are those of memory that was never touched."""
+    return now if before is None else min(now, _FADE * before + (1 - _FADE) * now)

@@ -1,5 +1,6 @@
 """Models with weights of 8 or 4 bits: packed one matrix at a time, kept on disk and mapped into memory from there."""
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from sparse_attention_decoder.models.conversion import GGUF_ERRORS, check_gguf
 from sparse_attention_decoder.models.kept import identity, keep, reason
 from sparse_attention_decoder.models.packed import ROWS_AT_ONCE, Int4Linear, Packed
 from sparse_attention_decoder.models.tensor_file import TensorFile, Weight, mapped, safetensors_of
-from sparse_attention_decoder.models.weights import cast, replace, require_cpu
+from sparse_attention_decoder.models.weights import cast, fill, replace, require_cpu
 
 # raise it when what is written changes: what older versions left is then packed again
 _FORMAT = 2
@@ -82,6 +83,33 @@ def load_packed(
         raise ModelLoadError(f"cannot load the causal language model {place}: {reason(error)}") from error
     _assign(replace(model, weights), mapped(folder / _FILE))
     return model.eval(), home
+
+
+@torch.no_grad()
+def packed_copy(model: PreTrainedModel, weights: str) -> PreTrainedModel:
+    """A copy of a model in memory with its weights in int8 or int4, for transformers' own attention; the model stays.
+
+    Raises:
+        UnsupportedError: a model that is not on the CPU.
+    """
+    require_cpu(weights, {str(parameter.device) for parameter in model.parameters()})
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "sdpa"
+    with init_empty_weights():
+        twin: PreTrainedModel = type(model)._from_config(config, dtype=torch.bfloat16)
+    twin.tie_weights()
+    replace(twin, weights)
+    names, state, tensors = _names(twin), model.state_dict(), dict[str, Tensor]()
+    for name, layer in twin.named_modules():
+        if isinstance(layer, Packed):
+            filled = type(layer)(layer.out_features, layer.in_features)
+            fill(filled, model.get_submodule(name))
+            tensors |= {names[f"{name}.{part}"]: tensor for part, tensor in filled.named_buffers()}
+    for name, tensor in _kept(twin).items():
+        if name not in tensors:
+            tensors[name] = state[name].to(tensor.dtype, copy=True)
+    _assign(twin, tensors)
+    return twin.eval()
 
 
 def _check(weights: str, model_kwargs: dict[str, Any]) -> None:

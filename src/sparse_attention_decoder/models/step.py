@@ -30,6 +30,9 @@ _library.define("decode(Tensor query, Tensor key, Tensor value, int layer, float
 
 def _decode(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
     own = _running.cache.layers[layer]
+    if own.is_initialized and query.dtype != own.dtype:
+        # a drafter's weights are coarser than the cache on which it drafts
+        return _decode(query.to(own.dtype), key.to(own.dtype), value.to(own.dtype), layer, scaling).to(query.dtype)
     output: Tensor | None = None if own.ready is None else own.ready.step(query, key, value)
     if output is None:
         own.append(key, value)

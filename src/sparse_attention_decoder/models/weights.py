@@ -75,7 +75,7 @@ def cast(model: PreTrainedModel, weights: str) -> PreTrainedModel:
     check(weights)
     if weights in ("int8", "int4"):
         require_cpu(weights, {str(parameter.device) for parameter in model.parameters()})
-        replace(model, weights, _fill)
+        replace(model, weights, fill)
     dtype = DTYPES.get(weights, torch.bfloat16)
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     # not model.to: buffers, such as rotary frequencies, are float32 in every form, as transformers has them
@@ -87,7 +87,8 @@ def cast(model: PreTrainedModel, weights: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _fill(new: Packed, old: nn.Module) -> None:
+def fill(new: Packed, old: nn.Module) -> None:
+    """Quantise the matrix of a linear layer into a packed one of its shape, some rows at a time."""
     weight = old.weight.T if isinstance(old, Conv1D) else old.weight
     assert isinstance(weight, Tensor)
     for start in range(0, new.out_features, ROWS_AT_ONCE):
