@@ -13,32 +13,41 @@ constexpr int ABREAST = 4, INPUTS = NW == 16 ? 4 : 2;
 // rows of the matrix in a work item; bytes of it from which on threads help; how far ahead it is fetched: less, and the
 // hardware's own look-ahead ends with every page
 constexpr int64_t ROWS_AN_ITEM = 64, THREADED_BYTES = 64 << 10, AHEAD_BYTES = 16384;
+// columns that are added up before their sum joins the others'
+constexpr int64_t PIECE = 64 * PAIR;
 
-// sums [R][ABREAST] of R inputs, `stride` apart, and rows of a matrix
+// Sums [R][ABREAST] of R inputs, `stride` apart, and rows of a matrix. They are added up in pieces: in one chain, those of
+// ten thousand columns are less exact than PyTorch's.
 template <class T, int R>
 inline void multiply(const float* x, int64_t stride, const T* const (&rows)[ABREAST], int64_t columns, Sums* sums) {
   F total[R][ABREAST] = {};
-  auto add = [&](int64_t at, const Pair (&w)[ABREAST]) {
-    UNROLL for (int r = 0; r < R; r++) {
-      const F a = load(x + r * stride + at), b = load(x + r * stride + at + NW);
-      UNROLL for (int n = 0; n < ABREAST; n++) total[r][n] += a * w[n].a;
-      UNROLL for (int n = 0; n < ABREAST; n++) total[r][n] += b * w[n].b;
+  for (int64_t at = 0; at < columns;) {
+    const int64_t end = columns - at < PIECE ? columns : at + PIECE;
+    F part[R][ABREAST] = {};
+    auto add = [&](const Pair (&w)[ABREAST]) {
+      UNROLL for (int r = 0; r < R; r++) {
+        const F a = load(x + r * stride + at), b = load(x + r * stride + at + NW);
+        UNROLL for (int n = 0; n < ABREAST; n++) part[r][n] += a * w[n].a;
+        UNROLL for (int n = 0; n < ABREAST; n++) part[r][n] += b * w[n].b;
+      }
+    };
+    for (; at + PAIR <= end; at += PAIR) {
+      Pair w[ABREAST];
+      UNROLL for (int n = 0; n < ABREAST; n++) {
+        for (int line = 0; line < PAIR * int(sizeof(T)); line += 64)
+          prefetch(reinterpret_cast<const char*>(rows[n] + at) + AHEAD_BYTES + line);
+        w[n] = load_pair(rows[n] + at);
+      }
+      add(w);
     }
-  };
-  int64_t at = 0;
-  for (; at + PAIR <= columns; at += PAIR) {
-    Pair w[ABREAST];
-    UNROLL for (int n = 0; n < ABREAST; n++) {
-      for (int line = 0; line < PAIR * int(sizeof(T)); line += 64)
-        prefetch(reinterpret_cast<const char*>(rows[n] + at) + AHEAD_BYTES + line);
-      w[n] = load_pair(rows[n] + at);
+    if (at < end) {
+      Pair w[ABREAST];
+      UNROLL for (int n = 0; n < ABREAST; n++) w[n] = load_rest(rows[n] + at, int(end - at));
+      add(w);
+      at = end;
     }
-    add(at, w);
-  }
-  if (at < columns) {
-    Pair w[ABREAST];
-    UNROLL for (int n = 0; n < ABREAST; n++) w[n] = load_rest(rows[n] + at, int(columns - at));
-    add(at, w);
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int n = 0; n < ABREAST; n++) total[r][n] += part[r][n];
   }
   UNROLL for (int r = 0; r < R; r++) sums[r] = sum_each(total[r][0], total[r][1], total[r][2], total[r][3]);
 }
@@ -54,6 +63,8 @@ inline void multiply_some(int64_t inputs, const float* x, int64_t stride, const 
 
 template <class T>
 int product(const sad_product* c) {
+  // no scratch is no failure then
+  if (!c->count) return SAD_OK;
   const int64_t stride = lanes(c->columns);
   float* x = static_cast<float*>(sad_scratch(size_t(c->count * stride) * sizeof(float)));
   if (!x) return SAD_NO_MEMORY;

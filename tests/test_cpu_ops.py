@@ -1,7 +1,7 @@
 """The compiled kernels among others: as torch ops, under torch.compile, on several threads, in a forked child."""
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -21,13 +21,6 @@ SCALING = 0.2
 DEVICE = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("isa", "poison")
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 # --- torch ops
@@ -94,6 +87,8 @@ def calls() -> dict[str, tuple[object, ...]]:
         "attend_all without a mask": (query, keys, values, None, SCALING),
         "step": (query, key, value, keys, values, *sketch, 2, 5, 7, 0.01, SCALING),
         "step without a middle": (query, key, value, keys, values, *sketch, 2, 50, 7, 0.01, SCALING),
+        "multiply": (randn(0, 2, 1, 24), randn(1, 70, 24), randn(2, 70)),
+        "multiply without a bias": (randn(0, 2, 1, 24), randn(1, 70, 24), None),
     }
 
 
@@ -110,6 +105,8 @@ def calls() -> dict[str, tuple[object, ...]]:
         "attend_all without a mask",
         "step",
         "step without a middle",
+        "multiply",
+        "multiply without a bias",
     ],
 )
 def test_every_torch_op_keeps_the_contract_of_its_schema(name):

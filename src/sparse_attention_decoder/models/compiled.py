@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.errors import BackendError, CacheDirectoryError, UnsupportedError
+from sparse_attention_decoder.models import linears
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.kept import cache_directory
 from sparse_attention_decoder.models.step import TracedStep, running_on
@@ -197,7 +198,7 @@ def _identity(step: TracedStep, weights: dict[str, Tensor], rows: int) -> str:
     made_of: list[Any] = [_FORMAT, torch.__version__, transformers.__version__, processor, rows]
     made_of += [step.model.config.to_json_string(use_diff=False), _OPTIONS]
     made_of += [f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}" for name, tensor in weights.items()]
-    made_of += [str(step)]
+    made_of += [str(step), list(linears.installed(step))]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 

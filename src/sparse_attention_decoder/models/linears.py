@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_attention_decoder.kernels.cpu import NAMESPACE, library
-from sparse_attention_decoder.kernels.cpu.products import MOST_ROWS, multiply, takes
+from sparse_attention_decoder.kernels.cpu.products import MOST_ROWS, is_in_memory, multiply, takes
 
 # smaller matrices stay in the processor's caches from step to step, and PyTorch multiplies them as fast
 LEAST_BYTES = 64 << 10
@@ -21,28 +21,43 @@ def install(model: nn.Module, backend: str) -> None:
     if backend not in ("auto", "cpu") or isinstance(library.load(), str):
         return
     for layer in model.modules():
-        if type(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight.nbytes >= LEAST_BYTES:
+        if type(layer) is nn.Linear and "forward" not in vars(layer) and _is_large(layer.weight):
             # a partial and no closure: models are copied and pickled
             layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
 
 
+def _is_large(weight: Tensor) -> bool:
+    return is_in_memory(weight) and weight.nbytes >= LEAST_BYTES
+
+
+def installed(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that `install` took over, by name."""
+    return {name: layer for name, layer in model.named_modules() if _is_ours(vars(layer).get("forward"))}
+
+
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
-    for layer in model.modules():
-        own = vars(layer).get("forward")
-        if isinstance(own, partial) and own.func is _forward:
-            # set on the instance over the class's method, so deleting uncovers that
-            del layer.forward
+    for layer in installed(model).values():
+        # set on the instance over the class's method, so deleting uncovers that
+        del layer.forward
+
+
+def _is_ours(forward: object) -> bool:
+    return isinstance(forward, partial) and forward.func is _forward
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     few = x.numel() <= MOST_ROWS * weight.shape[1] and x.dtype == weight.dtype and x.is_cpu and takes(weight)
-    if not few or torch.is_autocast_enabled("cpu"):
+    if not few or torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and _learns(x, weight, bias)):
         return functional.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         product: Tensor = getattr(torch.ops, NAMESPACE).multiply(x, weight, bias)
         return product
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if not (is_in_memory(x) and is_in_memory(weight)):
         return functional.linear(x, weight, bias)
     return multiply(x, weight, bias)
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -5,7 +5,7 @@ the speed of memory; of several it adds up in another order than of each alone. 
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_attention_decoder.errors import ShapeError
 from sparse_attention_decoder.kernels.cpu.library import DTYPES, PRODUCT, run
@@ -16,9 +16,16 @@ _MULTIPLE = 8
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether `multiply` takes a matrix [N, K]: on the CPU, of 16- or 32-bit floats, K a multiple of 8."""
-    is_plain = weight.is_cpu and weight.dtype in DTYPES and weight.layout is torch.strided
-    return is_plain and weight.ndim == 2 and weight.stride(1) == 1 and weight.shape[1] % _MULTIPLE == 0
+    """Whether `multiply` takes a matrix [N, K]: on the CPU, of 16- or 32-bit floats, K a positive multiple of 8."""
+    if not (weight.is_cpu and weight.dtype in DTYPES and weight.layout is torch.strided and weight.ndim == 2):
+        return False
+    columns = weight.shape[1]
+    return columns > 0 and columns % _MULTIPLE == 0 and weight.stride(1) == 1
+
+
+def is_in_memory(tensor: Tensor) -> bool:
+    """Whether the numbers lie where `data_ptr` says: subclasses, of quantised or imagined tensors, may have none."""
+    return type(tensor) is Tensor or type(tensor) is nn.Parameter
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,27 +34,36 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: [..., K]; weight: [N, K]; bias: [N] or None; all of one dtype, float32, bfloat16 or float16.
     Returns:
-        [..., N] in that dtype.
+        [..., N] in that dtype, without gradients.
     Raises:
         ShapeError: they do not fit each other.
     """
-    columns, count = weight.shape[-1], x.numel() // max(1, x.shape[-1])
-    if not takes(weight) or x.shape[-1] != columns or count > MOST_ROWS or not x.is_cpu:
+    if not (takes(weight) and _fits(x, weight) and (bias is None or _is_bias(bias, weight))):
         raise ShapeError(
-            f"{tuple(x.shape)} times {tuple(weight.shape)} transposed; expected up to {MOST_ROWS} rows of K "
-            f"channels and [N, K] on the CPU, K a multiple of {_MULTIPLE} and the last axis in one piece"
+            f"{_said(x)} times {_said(weight)} transposed, plus {'nothing' if bias is None else _said(bias)}; expected "
+            f"up to {MOST_ROWS} rows [..., K], [N, K] with K a multiple of {_MULTIPLE} and the last axis in one piece, "
+            "and [N], plain tensors on the CPU, of one dtype, float32, bfloat16 or float16"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ShapeError(
-            f"a bias of {tuple(bias.shape)} for a matrix of {tuple(weight.shape)}; expected one number a row"
-        )
-    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
-        raise ShapeError(f"{x.dtype} times {weight.dtype}; expected one dtype for input, matrix and bias")
+    rows, columns = weight.shape
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    output = x.new_empty(*x.shape[:-1], len(weight))
+    output = x.new_empty(*x.shape[:-1], rows)
     struct = PRODUCT.pack(
-        count, len(weight), columns, torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(),
+        x.numel() // columns, rows, columns, torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(),
         weight.stride(0), 0 if bias is None else bias.data_ptr(), output.data_ptr(),
     )  # fmt: skip
     run("sad_multiply", struct)
     return output
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    columns = weight.shape[1]
+    is_few = x.ndim > 0 and x.shape[-1] == columns and x.numel() <= MOST_ROWS * columns
+    return is_few and x.dtype == weight.dtype and x.is_cpu and is_in_memory(x) and is_in_memory(weight)
+
+
+def _is_bias(bias: Tensor, weight: Tensor) -> bool:
+    return bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.is_cpu and is_in_memory(bias)
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{type(tensor).__name__} {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
