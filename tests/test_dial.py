@@ -99,7 +99,7 @@ def test_all_layers_have_their_turn_to_be_audited_one_a_step(layers):
             dial.begin()
         turns.append([number for number, dial in enumerate(dials) if dial.is_audited])
     first = [turns[step - 1] for step in FIRST_STEPS]
-    assert sorted(sum(first, [])) == list(range(layers))
+    assert sorted(number for turn in first for number in turn) == list(range(layers))
     audited = [turn for number, turn in enumerate(turns) if turn and number + 1 not in FIRST_STEPS]
     assert all(len(turn) == 1 for turn in audited)
     assert sorted(turn[0] for turn in audited[:layers]) == list(range(layers))

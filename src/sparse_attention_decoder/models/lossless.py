@@ -145,7 +145,8 @@ class Drafting:
         done = self._take(text, text.choose(text.ids, logits[-1:], 0)[0])
         while not done:
             begun, before = time.perf_counter(), text.ids.shape[1]
-            draft, probabilities = self._draft(drafter, held, text)
+            most = text.room - 1 if self._may_draft(held, drafter is model) else 0
+            draft, probabilities = self._draft(drafter, held, text, most)
             passed = time.perf_counter()
             logits = self._dense(model, held, torch.cat([text.ids[:, -1:], draft], 1))
             if self._is_indexed or len(logits) == 1:
@@ -173,10 +174,9 @@ class Drafting:
             logits: Tensor = output.logits[0].float()
             return logits
 
-    def _draft(self, drafter: PreTrainedModel, held: SparseCache, text: Text) -> tuple[Tensor, list[float]]:
+    def _draft(self, drafter: PreTrainedModel, held: SparseCache, text: Text, most: int) -> tuple[Tensor, list[float]]:
         """Tokens [1, K] that sparse steps choose, and the probability that they gave each; the cache is as before."""
         ids, probabilities, chance = text.ids, list[float](), 1.0
-        most = text.room - 1 if self._may_draft(held) else 0
         while len(probabilities) < most and self._pace.goes_on(len(probabilities), chance):
             begun = time.perf_counter()
             logits = _logits(drafter, held, ids[:, -1:])
@@ -190,11 +190,11 @@ class Drafting:
         held.crop(-len(probabilities))
         return ids[:, text.ids.shape[1] :], probabilities
 
-    def _may_draft(self, held: SparseCache) -> bool:
-        """Whether a draft can be faster than what verifies it; says why not."""
+    def _may_draft(self, held: SparseCache, is_own: bool) -> bool:
+        """Whether a draft, by the model's own weights or others, can be faster than what verifies it; says why not."""
         rows = Rows.full(1, held.get_seq_length() + 1)
         reason = None
-        if all(layer.state.dense_rows(rows)[0] for layer in held.sparse_layers):
+        if is_own and all(layer.state.dense_rows(rows)[0] for layer in held.sparse_layers):
             reason = "a step reads them all anyway"
         elif not self._pace.pays:
             reason = "they do not pay"
