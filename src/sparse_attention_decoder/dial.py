@@ -19,9 +19,9 @@ from sparse_attention_decoder.selection import Selection
 ESTIMATING = ("sketch", "oracle")
 # one layer is audited every so many steps, the layers in turn
 AUDIT_EVERY = 8
-# in these sparse steps a part of the layers each, so that all are audited once while the loop settles: the bias differs
-# from layer to layer and from text to text, and depends on the threshold
-FIRST_STEPS = (1, 5, 9, 13, 17)
+# these sparse steps audit one layer in so many, to begin with a factor of this text: at first, and about where the
+# loop settles, for the bias depends on the threshold
+FIRST_STEPS, FIRST_AUDITS = (1, 5), 5
 # what audits found before any were made, and how many of them that counts as; for all layers, and for one
 _PRIOR, _PRIOR_WEIGHT, _LAYER_WEIGHT = 1.0, 1.0, 4.0
 # audits remembered, about: of all layers, and of one
@@ -128,7 +128,7 @@ class LayerDial:
     def is_audited(self) -> bool:
         """Whether the step that has begun is audited in this layer."""
         if self._step in FIRST_STEPS:
-            return self._number % len(FIRST_STEPS) == FIRST_STEPS.index(self._step)
+            return self._number % FIRST_AUDITS == self._step % min(FIRST_AUDITS, self._dial.layers)
         turn, rest = divmod(self._step, AUDIT_EVERY)
         return rest == 0 and self._number == turn * _stride(self._dial.layers) % self._dial.layers
 
