@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.errors import UnsupportedError
 from sparse_attention_decoder.models import compiled
 from sparse_attention_decoder.models.adapter import enable
 from sparse_attention_decoder.models.packing import packed_copy
@@ -22,6 +23,17 @@ def is_smaller(model: PreTrainedModel) -> bool:
     """Whether a copy in int4 would be: the model is on a CPU, and its matrices are not packed already."""
     is_plain = any(type(layer) in (nn.Linear, Conv1D) for layer in model.modules())
     return is_plain and {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def packs(model: PreTrainedModel, weights: str | None) -> bool:
+    """Whether a copy in int4 drafts for a model, as `Lossless.weights` says.
+
+    Raises:
+        UnsupportedError: "int4" of a model of which there is no smaller copy.
+    """
+    if weights == "int4" and not is_smaller(model):
+        raise UnsupportedError('Lossless(weights="int4") packs a model of 16- or 32-bit weights on a CPU; use "own"')
+    return weights == "int4" or (weights is None and compiled.is_installed(model) and is_smaller(model))
 
 
 def drafter_of(model: PreTrainedModel) -> PreTrainedModel:

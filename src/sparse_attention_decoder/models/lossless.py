@@ -20,11 +20,10 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, Sto
 
 from sparse_attention_decoder.errors import ConfigError, InputError, UnsupportedError
 from sparse_attention_decoder.models.cache import SparseCache
-from sparse_attention_decoder.models.compiled import is_installed
-from sparse_attention_decoder.models.drafter import drafter_of, is_smaller
+from sparse_attention_decoder.models.drafter import drafter_of, packs
 from sparse_attention_decoder.models.pace import Pace
 from sparse_attention_decoder.models.text import Text
-from sparse_attention_decoder.models.verifying import MOST_VERIFIED, RowsAlone, reading_all
+from sparse_attention_decoder.models.verifying import MOST_VERIFIED, RowsAlone, index_at, reading_all
 from sparse_attention_decoder.policies import resolve
 from sparse_attention_decoder.selection import Rows
 
@@ -98,8 +97,9 @@ class Drafting:
     def __init__(self, lossless: Lossless, streamer: BaseStreamer | None = None) -> None:
         self._lossless, self._streamer = lossless, streamer
         self._pace = Pace(lossless.drafts)
-        # the first sparse step makes the index of the whole prompt: no measure of those to come
-        self._is_indexed = False
+        # a step that makes the index, or makes it anew, is no measure of those to come
+        self._index: object = None
+        self._is_settled = False
         # whether a pass over several tokens has to take layers' rows apart: the first one shows it
         self._takes_apart = True
 
@@ -115,7 +115,7 @@ class Drafting:
         """Ids [1, T] of prompt and answer, or what `return_dict_in_generate` asks for."""
         held = _checked(input_ids, generation_config, model_kwargs)
         text = Text(input_ids, logits_processor, stopping_criteria, bool(generation_config.do_sample))
-        drafter = drafter_of(model) if self._packs(model) else model
+        drafter = drafter_of(model) if packs(model, self._lossless.weights) else model
         held.activate_past_recording()
         try:
             self._decode(model, drafter, held, text)
@@ -129,14 +129,6 @@ class Drafting:
             return GenerateDecoderOnlyOutput(sequences=text.ids, past_key_values=held)
         return text.ids
 
-    def _packs(self, model: PreTrainedModel) -> bool:
-        weights = self._lossless.weights
-        if weights == "int4" and not is_smaller(model):
-            raise UnsupportedError(
-                'Lossless(weights="int4") packs a model of 16- or 32-bit weights on a CPU; use "own"'
-            )
-        return weights == "int4" or (weights is None and is_installed(model) and is_smaller(model))
-
     def _decode(self, model: PreTrainedModel, drafter: PreTrainedModel, held: SparseCache, text: Text) -> None:
         new = text.ids[:, held.get_seq_length() :]
         # the prompt is read as always; of a single token as a dense step
@@ -145,11 +137,13 @@ class Drafting:
         done = self._take(text, text.choose(text.ids, logits[-1:], 0)[0])
         while not done:
             begun, before = time.perf_counter(), text.ids.shape[1]
+            index = index_at(held, before)
+            self._is_settled = self._index == index == index_at(held, before + MOST_VERIFIED)
             most = text.room - 1 if self._may_draft(held, drafter is model) else 0
             draft, probabilities = self._draft(drafter, held, text, most)
             passed = time.perf_counter()
             logits = self._dense(model, held, torch.cat([text.ids[:, -1:], draft], 1))
-            if self._is_indexed or len(logits) == 1:
+            if self._is_settled or len(logits) == 1:
                 self._pace.record_pass(len(logits), time.perf_counter() - passed)
             accepted, guesses = 0, [*draft[0].tolist(), None]
             for guess, row in zip(guesses, logits.split(1), strict=True):
@@ -162,6 +156,7 @@ class Drafting:
             held.crop(text.ids.shape[1] - 1 - held.get_seq_length())
             self._lossless.tokens += text.ids.shape[1] - before
             self._count(probabilities, accepted, time.perf_counter() - begun)
+            self._index = index if probabilities else self._index
 
     def _dense(self, model: PreTrainedModel, held: SparseCache, ids: Tensor) -> Tensor:
         """Logits [N, V] behind each of ids [1, N], as N dense steps give them."""
@@ -184,7 +179,7 @@ class Drafting:
             ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], 1)
             probabilities.append(probability)
             chance *= self._pace.chance(probability)
-            if self._is_indexed or len(probabilities) > 1:
+            if self._is_settled:
                 self._pace.record_step(time.perf_counter() - begun)
         # what sparse steps wrote is not what dense ones would have: the pass over the draft writes it anew
         held.crop(-len(probabilities))
@@ -215,9 +210,8 @@ class Drafting:
         lossless.passes += 1
         lossless.drafted += len(probabilities)
         lossless.accepted += accepted
-        if self._is_indexed and probabilities:
+        if self._is_settled and probabilities:
             self._pace.record_round(probabilities, accepted, seconds)
-        self._is_indexed |= bool(probabilities)
 
 
 def drafting(
@@ -278,8 +272,7 @@ def _checked(ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
         )
     # windows go back while their past is recorded
     others = [layer for layer in held.layers if not (layer.is_croppable or getattr(layer, "is_sliding", False))]
-    stuck = sorted({type(layer).__name__ for layer in others})
-    if stuck:
+    if stuck := sorted({type(layer).__name__ for layer in others}):
         raise UnsupportedError(f"lossless=True has to take back drafts, which {', '.join(stuck)} cannot")
     if model_kwargs.get("attention_mask") is not None:
         raise InputError("lossless=True takes one row without padding; leave out what the attention_mask hides")

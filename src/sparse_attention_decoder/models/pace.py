@@ -10,7 +10,7 @@ _PRIOR = (5.0, 4.0)
 _FADE = 0.9
 # rounds after which drafting has to have paid, tokens drafted in each of them at least, and tokens that are decoded
 # without before it is tried again, the first time
-_TRIAL, _TRIED, _PAUSE = 4, 2, 256
+_TRIAL, _TRIED, _PAUSE = 4, 4, 256
 # time per token, relative to that without drafts, from which drafting is given up; and dense passes' time lost at most
 _WORTH, _LOSS = 0.98, 1.5
 # a token without a draft now and then, for what drafts are compared with grows with the context

@@ -10,7 +10,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sparse_attention_decoder.attention import LayerState
+from sparse_attention_decoder.cache.sketch import fit_length
 from sparse_attention_decoder.kernels.reference import REFERENCE
+from sparse_attention_decoder.selection import Rows
 
 if TYPE_CHECKING:
     from sparse_attention_decoder.models.cache import SparseCache
@@ -60,6 +62,12 @@ def reading_all(cache: "SparseCache") -> Iterator[None]:
 def is_read_whole(cache: "SparseCache") -> bool:
     """Whether `reading_all` is entered."""
     return any(layer.state.reads_all for layer in cache.sparse_layers)
+
+
+def index_at(cache: "SparseCache", length: int) -> tuple[int, list[bool]]:
+    """What changes where a step at this length has to make the index, or make it anew."""
+    rows = Rows.full(1, length)
+    return fit_length(length), [layer.state.dense_rows(rows)[0] for layer in cache.sparse_layers[:1]]
 
 
 class RowsAlone(TorchFunctionMode):
