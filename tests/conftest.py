@@ -1,6 +1,7 @@
 import ctypes
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +39,18 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled steps are kept while a module's tests run: each is compiled once."""
+    return tmp_path_factory.mktemp("steps")
+
+
+@pytest.fixture
+def kept_steps(steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps are kept in `steps`."""
+    monkeypatch.setenv("SPARSE_ATTENTION_DECODER_CACHE", str(steps))
 
 
 @pytest.fixture(scope="session")

@@ -15,19 +15,10 @@ from sparse_attention_decoder.measure.compare import side_by_side
 from sparse_attention_decoder.models import compiled, weights
 from sparse_attention_decoder.models.step import running_on
 
+pytestmark = pytest.mark.usefixtures("kept_steps")
+
 # dense at first, sparse from 40 tokens on
 TURNING = AttentionConfig(dense_below=40, sink_tokens=2, attention_window=4, top_k=5, threshold=None)
-
-
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory):
-    """Where compiled steps are kept while these tests run: each is compiled once."""
-    return tmp_path_factory.mktemp("steps")
-
-
-@pytest.fixture(autouse=True)
-def _kept_there(steps, monkeypatch):
-    monkeypatch.setenv("SPARSE_ATTENTION_DECODER_CACHE", str(steps))
 
 
 def decoded(model, config, ids, read):

@@ -17,23 +17,14 @@ from sparse_attention_decoder.models.drafter import _drafters, drafter_of, is_sm
 from sparse_attention_decoder.models.packing import packed_copy
 from sparse_attention_decoder.models.verifying import RowsAlone
 
+pytestmark = pytest.mark.usefixtures("kept_steps")
+
 # with the same budget, for within it PyTorch attends
 DENSE = replace(tiny.BITING, policy="dense")
 GREEDY = {"do_sample": False, "max_new_tokens": 40, "min_new_tokens": 40}
 SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.7}
 # matrices of 64 KiB and more, in 16 bits too
 LARGE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
-
-
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory):
-    """Where compiled steps are kept while these tests run: each is compiled once."""
-    return tmp_path_factory.mktemp("steps")
-
-
-@pytest.fixture(autouse=True)
-def _kept_there(steps, monkeypatch):
-    monkeypatch.setenv("SPARSE_ATTENTION_DECODER_CACHE", str(steps))
 
 
 def generated(decoder, ids, **options):

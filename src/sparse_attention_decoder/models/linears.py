@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_attention_decoder.kernels.cpu import NAMESPACE, library
-from sparse_attention_decoder.kernels.cpu.products import MOST_ROWS, is_in_memory, multiply, takes
+from sparse_attention_decoder.kernels.cpu.products import fits, is_in_memory, multiply_fitting
 
 # smaller matrices stay in the processor's caches from step to step, and PyTorch multiplies them as fast
 LEAST_BYTES = 64 << 10
 
 
 def install(model: nn.Module, backend: str) -> None:
-    """From now on decode steps, of up to MOST_ROWS rows, are multiplied by `products.multiply`; all else as before.
+    """From now on decode steps, of few rows, are multiplied by `products.multiply`; all else as before.
 
     Does nothing for a backend that is not the CPU's, and to layers that are not plain or have a forward of their own.
     """
@@ -48,15 +48,15 @@ def _is_ours(forward: object) -> bool:
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
-    few = x.numel() <= MOST_ROWS * weight.shape[1] and x.dtype == weight.dtype and x.is_cpu and takes(weight)
-    if not few or torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and _learns(x, weight, bias)):
+    is_ours = fits(x, weight, bias) and not torch.is_autocast_enabled("cpu")
+    if not is_ours or (torch.is_grad_enabled() and _learns(x, weight, bias)):
         return functional.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         product: Tensor = getattr(torch.ops, NAMESPACE).multiply(x, weight, bias)
         return product
-    if not (is_in_memory(x) and is_in_memory(weight)):
+    if not is_in_memory(x, weight, bias):
         return functional.linear(x, weight, bias)
-    return multiply(x, weight, bias)
+    return multiply_fitting(x, weight, bias)
 
 
 def _learns(*tensors: Tensor | None) -> bool:

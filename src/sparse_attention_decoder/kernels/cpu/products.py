@@ -23,9 +23,18 @@ def takes(weight: Tensor) -> bool:
     return columns > 0 and columns % _MULTIPLE == 0 and weight.stride(1) == 1
 
 
-def is_in_memory(tensor: Tensor) -> bool:
-    """Whether the numbers lie where `data_ptr` says: subclasses, of quantised or imagined tensors, may have none."""
-    return type(tensor) is Tensor or type(tensor) is nn.Parameter
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `multiply` takes a matrix and these rows [..., K], by shape, dtype and device."""
+    if not takes(weight) or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        return False
+    is_few = x.numel() <= MOST_ROWS * weight.shape[1]
+    is_bias = bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.is_cpu)
+    return is_few and is_bias and x.dtype == weight.dtype and x.is_cpu
+
+
+def is_in_memory(*tensors: Tensor | None) -> bool:
+    """Whether their numbers lie where `data_ptr` says: subclasses, of quantised or imagined tensors, may have none."""
+    return all(tensor is None or type(tensor) is Tensor or type(tensor) is nn.Parameter for tensor in tensors)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,12 +47,17 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ShapeError: they do not fit each other.
     """
-    if not (takes(weight) and _fits(x, weight) and (bias is None or _is_bias(bias, weight))):
+    if not (fits(x, weight, bias) and is_in_memory(x, weight, bias)):
         raise ShapeError(
             f"{_said(x)} times {_said(weight)} transposed, plus {'nothing' if bias is None else _said(bias)}; expected "
             f"up to {MOST_ROWS} rows [..., K], [N, K] with K a multiple of {_MULTIPLE} and the last axis in one piece, "
             "and [N], plain tensors on the CPU, of one dtype, float32, bfloat16 or float16"
         )
+    return multiply_fitting(x, weight, bias)
+
+
+def multiply_fitting(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`multiply`, for who has asked `fits` and `is_in_memory`: asking twice costs as much as a small product."""
     rows, columns = weight.shape
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     output = x.new_empty(*x.shape[:-1], rows)
@@ -53,16 +67,6 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     )  # fmt: skip
     run("sad_multiply", struct)
     return output
-
-
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    columns = weight.shape[1]
-    is_few = x.ndim > 0 and x.shape[-1] == columns and x.numel() <= MOST_ROWS * columns
-    return is_few and x.dtype == weight.dtype and x.is_cpu and is_in_memory(x) and is_in_memory(weight)
-
-
-def _is_bias(bias: Tensor, weight: Tensor) -> bool:
-    return bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.is_cpu and is_in_memory(bias)
 
 
 def _said(tensor: Tensor) -> str:
