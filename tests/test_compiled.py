@@ -12,7 +12,7 @@ from sparse_attention_decoder import AttentionConfig, SparseAttention, SparseCac
 from sparse_attention_decoder.errors import BackendError, CacheDirectoryError, UnsupportedError
 from sparse_attention_decoder.kernels.cpu import NAMESPACE
 from sparse_attention_decoder.measure.compare import side_by_side
-from sparse_attention_decoder.models import compiled, weights
+from sparse_attention_decoder.models import aot, compiled, weights
 from sparse_attention_decoder.models.step import running_on
 
 pytestmark = pytest.mark.usefixtures("kept_steps")
@@ -116,14 +116,14 @@ def test_a_comparison_runs_both_of_our_sides_compiled_and_transformers_as_it_is(
 def test_another_config_needs_no_other_step(monkeypatch):
     model = enable(tiny.build("llama"), tiny.BITING)
     compiled.install(model)
-    monkeypatch.setattr(compiled, "_compile", None)
+    monkeypatch.setattr(aot, "_compile", None)
     enable(model, TURNING)
     assert decoded(model, TURNING, tiny.prompt(1, 50), 20)[1].reads.sparse_steps > 0
 
 
 def test_the_next_start_compiles_nothing(monkeypatch):
     compiled.install(enable(tiny.build("llama"), tiny.BITING))
-    monkeypatch.setattr(compiled, "_compile", None)
+    monkeypatch.setattr(aot, "_compile", None)
     other = enable(tiny.build("llama", seed=1), tiny.BITING)
     expected, _ = decoded(other, tiny.BITING, tiny.prompt(1, 40), 30)
     compiled.install(other)

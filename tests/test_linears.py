@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from sparse_attention_decoder import AttentionConfig, disable, enable
 from sparse_attention_decoder.kernels.cpu import library
-from sparse_attention_decoder.models import compiled, linears
+from sparse_attention_decoder.models import aot, compiled, linears
 from sparse_attention_decoder.models.step import TracedStep
 from sparse_attention_decoder.models.verifying import RowsAlone
 
@@ -292,7 +292,7 @@ def test_a_compiled_step_is_the_eager_one_and_another_without_our_layers(monkeyp
     step, names = TracedStep(model), []
     for backend in ("auto", "reference"):
         enable(model, AttentionConfig(backend=backend))
-        names.append(compiled._identity(step, {}, 1))
+        names.append(aot._identity(step, {}, aot._Form(1)))
     assert names[0] != names[1]
 
 

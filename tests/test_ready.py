@@ -27,6 +27,7 @@ EVENTS = {
     "fewer rows": lambda state: state.take_rows(torch.tensor([0])),
     "reserved": lambda state: state.buffer.reserve(500),
     "index dropped": lambda state: setattr(state, "index", None),
+    "reads all": lambda state: setattr(state, "reads_all", not state.reads_all),
 }
 
 
@@ -81,6 +82,15 @@ def test_a_step_in_a_row_is_the_step_alone(name, dtype, kv_dtype, event):
         both.step()
     assert vars(both.row.reads) == vars(both.alone.reads)
     assert both.served >= 25
+
+
+def test_a_draft_that_is_taken_back_does_not_end_the_row():
+    both = Both(SPARSE, 2, torch.float32, 40)
+    both.step()
+    for _ in range(5):
+        both.happens(EVENTS["truncated"])
+        both.step()
+    assert both.served == 5
 
 
 def test_other_queries_are_not_taken():

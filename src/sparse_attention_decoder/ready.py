@@ -24,10 +24,11 @@ class Ready:
     def __init__(self, state: LayerState, query: Tensor, scaling: float, is_dense: bool) -> None:
         buffer, config = state.buffer, state.config
         self._state, self._changes, self._last = state, buffer.changes, buffer.steady_tokens
+        self._reads_all = state.reads_all
         self._dense, self._dialled = [is_dense] * query.shape[0], Dialled(config.threshold or 0.0)
         self._sketch: Sketch | None = None
         if is_dense:
-            if not state.policy.reads_everything:
+            if not (state.policy.reads_everything or state.reads_all):
                 below = config.dense_below
                 self._last = min(self._last, (state.kernels.crossover_tokens if below is None else below) - 1)
             self._call = PreparedStep(query, buffer.keys, buffer.values, scaling)
@@ -60,7 +61,9 @@ class Ready:
         """Append keys and values [B, Hkv, 1, D] and attend with queries [B, Hq, 1, D]: [B, 1, Hq, Dv], or None."""
         state, buffer = self._state, self._state.buffer
         length = buffer.length + 1
-        if length > self._last or buffer.changes != self._changes or not self._call.takes(query):
+        if length > self._last or buffer.changes != self._changes or state.reads_all != self._reads_all:
+            return None
+        if not self._call.takes(query):
             return None
         rows = Rows.full(query.shape[0], length)
         if self._sketch is None:

@@ -37,9 +37,8 @@ class KVBuffer:
     def reset(self) -> None:
         """Forget everything and free the memory."""
         self.changes += 1
-        self.length = 0
+        self.length = self.evicted = self.demoted = 0
         self.limit: int | None = None
-        self.evicted = self.demoted = 0
         # what was held when tokens were last evicted: those heads hold different ones
         self._settled = 0
         self._reserved = 0
@@ -218,10 +217,11 @@ class KVBuffer:
             UnsupportedError: tokens have been evicted since there were that few.
         """
         check_cut(length, self.length, self._settled, self.evicted)
-        self._forget_views()
-        if self.newest is not None:
-            self.newest.truncate(length)
+        self._views.clear()
         self.length = length
+        if self.newest is not None:
+            self._forget_views()
+            self.newest.truncate(length)
 
     def adopt(self, tensors: dict[str, Tensor], length: int, dtype: torch.dtype) -> None:
         """Hold `length` tokens in these very tensors, named as `tensors` names them, with what room they have.

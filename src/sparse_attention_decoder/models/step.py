@@ -14,6 +14,7 @@ from sparse_attention_decoder.config import AttentionConfig
 from sparse_attention_decoder.kernels.cpu import NAMESPACE
 from sparse_attention_decoder.models.cache import SparseCache
 from sparse_attention_decoder.models.siblings import Siblings, lay_side_by_side
+from sparse_attention_decoder.models.verifying import attend_causally
 from sparse_attention_decoder.ready import Ready
 from sparse_attention_decoder.selection import Rows
 
@@ -26,6 +27,7 @@ _running = threading.local()
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 # it appends to the cache of the running step; nothing else reads or writes that, so the graph need not know
 _library.define("decode(Tensor query, Tensor key, Tensor value, int layer, float scaling) -> Tensor")
+_library.define("verify(Tensor query, Tensor key, Tensor value, int layer, float scaling) -> Tensor")
 
 
 def _decode(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
@@ -44,12 +46,21 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: floa
     return output
 
 
+def _verify(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
+    own = _running.cache.layers[layer]
+    own.append(key, value)
+    own.last = None
+    # what follows takes the layout of `_fake` for granted
+    return attend_causally(query, own.state, scaling).transpose(1, 2).contiguous()
+
+
 def _fake(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
-    return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[3])
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
-_library.impl("decode", _decode, "CPU")
-torch.library.register_fake(f"{NAMESPACE}::decode", _fake)
+for _name, _real in (("decode", _decode), ("verify", _verify)):
+    _library.impl(_name, _real, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
 
 
 class TracedCache(DynamicCache):
@@ -78,8 +89,10 @@ class TracedCache(DynamicCache):
 
 
 def attend_traced(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Attention [B, 1, Hq, Dv] of a traced step's queries [B, Hq, 1, D]: the op, by the tag on the key."""
-    output: Tensor = torch.ops.sparse_attention_decoder.decode(query, key, value, getattr(key, STEP_TAG), scaling)
+    """Attention [B, N, Hq, Dv] of a traced step's queries [B, Hq, N, D]: the op, by the tag on the key."""
+    ops = torch.ops.sparse_attention_decoder
+    operation = ops.decode if query.shape[2] == 1 else ops.verify
+    output: Tensor = operation(query, key, value, getattr(key, STEP_TAG), scaling)
     return output
 
 
