@@ -6,9 +6,10 @@
 
 Each prompt is read once; dense and lossless decoding then take turns on its cache, which is cut back after each, and
 the index of the prompt is made anew each time. With --compile dense steps are timed compiled, too; their tokens are
-those it has to give, and the faster way is what lossless decoding is measured against. Prompts alternate between text to go on with and a question about it in the chat template. A length beyond the model's context
-is filled with repetitions of what was read: only its times mean something, and its acceptance is that of such a text.
-A JSON line a prompt, one a length.
+those it has to give, and the faster way is what lossless decoding is measured against. Prompts alternate between
+text to go on with and a question about it in the chat template. A length beyond the model's context is filled with
+repetitions of what was read: only its times mean something, and its acceptance is that of such a text. A JSON line a
+prompt, one a length.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor
 from sparse_attention_decoder import AttentionConfig, Lossless, SparseAttention, SparseCache
 from sparse_attention_decoder.measure.machine import facts
 from sparse_attention_decoder.measure.texts import texts
-from sparse_attention_decoder.models.compiled import set_aside
+from sparse_attention_decoder.models.compiled import prepare_pass, set_aside
 from sparse_attention_decoder.models.drafter import drafter_of, is_smaller
 
 QUESTION = "\n\nWhat does the text above say about its most important term? Quote it."
@@ -46,9 +47,11 @@ def main() -> None:
         "compile": given.compile, "drafts": given.drafts, "threads": given.threads, "tokens": given.tokens,
         "cpu": machine["cpu"], "commit": machine["commit"],
     }  # fmt: skip
-    if given.compile and is_smaller(decoder.model):
+    if given.compile:
         # made once for a model, and no part of what a token takes
-        drafter_of(decoder.model)
+        prepare_pass(decoder.model)
+        if is_smaller(decoder.model):
+            drafter_of(decoder.model)
     context = decoder.context_length or max(given.lengths) + given.tokens
     # longer ones are filled, and not to be refused
     decoder.model.config.max_position_embeddings = max(context, *(length + given.tokens for length in given.lengths))

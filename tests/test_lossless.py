@@ -13,7 +13,6 @@ from transformers import StoppingCriteria
 
 from sparse_attention_decoder import AttentionConfig, Lossless, SparseAttention, SparseCache
 from sparse_attention_decoder.errors import ConfigError, InputError, UnsupportedError
-from sparse_attention_decoder.models.pace import Pace
 
 DENSE = replace(BITING, policy="dense")
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40}
@@ -245,42 +244,6 @@ def test_layers_that_cannot_go_back_are_refused():
 
 
 # --- the pace, on times that are made up
-
-
-def paced(step: float, alone: float, further: float, right: float, rounds: int = 60) -> tuple[list[int], Pace]:
-    """Lengths of drafts where steps take so long and every token is right with the same chance, by a fixed pattern."""
-    pace, lengths = Pace(), []
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(rounds):
-        length, chance = 0, 1.0
-        while pace.pays and pace.goes_on(length, chance):
-            pace.record_step(step)
-            chance *= pace.chance(0.9)
-            length += 1
-        seconds = alone + further * length
-        pace.record_pass(length + 1, seconds)
-        hits = torch.rand(length, generator=generator) < right
-        accepted = int(hits.long().cumprod(0).sum())
-        if length:
-            pace.record_round([0.9] * length, accepted, seconds + length * step)
-        lengths.append(length)
-    return lengths, pace
-
-
-def test_drafts_are_long_where_they_are_cheap_and_right_and_short_where_not():
-    cheap, _ = paced(1.0, 20.0, 0.1, 0.98)
-    dear, _ = paced(8.0, 20.0, 2.0, 0.98)
-    wrong, _ = paced(1.0, 20.0, 0.1, 0.5)
-    assert sum(cheap[-20:]) / 20 > 8
-    assert sum(dear[-20:]) < sum(cheap[-20:])
-    assert sum(wrong[-20:]) < sum(cheap[-20:])
-    assert max(cheap) <= 15
-
-
-@pytest.mark.parametrize(("step", "right"), [(20.0, 0.99), (30.0, 0.9), (8.0, 0.05)])
-def test_drafts_that_do_not_pay_cost_next_to_nothing(step, right):
-    lengths, _ = paced(step, 20.0, 1.0, right, rounds=400)
-    assert sum(length > 0 for length in lengths) < 0.05 * len(lengths)
 
 
 def test_a_vocabulary_of_one_choice_needs_no_luck():

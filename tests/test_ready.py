@@ -85,7 +85,7 @@ def test_a_step_in_a_row_is_the_step_alone(name, dtype, kv_dtype, event):
 
 
 def test_a_draft_that_is_taken_back_does_not_end_the_row():
-    both = Both(SPARSE, 2, torch.float32, 40)
+    both = Both(SPARSE, 2, torch.float32, 90)
     both.step()
     for _ in range(5):
         both.happens(EVENTS["truncated"])

@@ -35,7 +35,7 @@ class Ready:
         else:
             assert isinstance(state.index, Sketch)
             self._sketch, self._coded = state.index, state.index.coded
-            self._fitted, near = fit_length(buffer.length), config.sink_tokens + config.attention_window
+            near = config.sink_tokens + config.attention_window
             self._call = PreparedStep(
                 query, buffer.keys, buffer.values, scaling, self._coded, config.sink_tokens, near, config.top_k
             )
@@ -71,8 +71,8 @@ class Ready:
         else:
             config, sketch = state.config, self._sketch
             regions = rows.regions(config.sink_tokens, config.attention_window, query.device)
-            is_same = state.index is sketch and sketch.coded is self._coded and fit_length(length) == self._fitted
-            if not is_same or sketch.length < regions.high:
+            is_same = state.index is sketch and sketch.coded is self._coded
+            if not is_same or not sketch.covers(regions.high, fit_length(length)):
                 return None
             output, counts, missing = self._call.step(
                 query, key, value, length, regions.near, regions.high, config.threshold or 0.0

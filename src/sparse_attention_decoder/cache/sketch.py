@@ -52,6 +52,10 @@ class Sketch:
         parts = (self._coded.codes, self._coded.factors, statistics.mean, statistics.deviation)
         return sum(part.nbytes for part in parts)
 
+    def covers(self, high: int, fitted: int) -> bool:
+        """Whether the first `high` tokens are coded, with statistics fitted on the first `fitted` of each row."""
+        return self.length >= high and all(count == fitted for count in self._fitted)
+
     def catch_up(self, keys: Tensor | Packed, rows: Rows, needed: int) -> None:
         """Cover at least the first `needed` of the keys [B, Hkv, T, D].
 

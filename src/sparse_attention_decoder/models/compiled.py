@@ -38,7 +38,7 @@ def install(model: PreTrainedModel, on_stage: Stage | None = None) -> None:
         BackendError: no compiler, or a PyTorch or model whose step it does not take.
         UnsupportedError: layers with a sliding window or of another kind. CacheDirectoryError: no place to keep it.
     """
-    if hasattr(model, _STATE):
+    if is_installed(model):
         return
     if model.device.type != "cpu":
         raise BackendError(f"the model is on {model.device}; there a static cache is compiled, see StaticSparseCache")
@@ -63,9 +63,15 @@ def is_installed(model: PreTrainedModel) -> bool:
     return hasattr(model, _STATE)
 
 
+def prepare_pass(model: PreTrainedModel) -> None:
+    """Compile or load now what verifies drafts, and not in the middle of an answer; nothing without `install`."""
+    if is_installed(model):
+        getattr(model, _STATE)[0].verifying()
+
+
 def remove(model: PreTrainedModel) -> None:
     """Undo `install`. Does nothing to a model that has no compiled step."""
-    if hasattr(model, _STATE):
+    if is_installed(model):
         _, own_forward = getattr(model, _STATE)
         delattr(model, _STATE)
         # set on the instance over the class's method, so deleting uncovers that
@@ -77,7 +83,7 @@ def remove(model: PreTrainedModel) -> None:
 @contextmanager
 def set_aside(model: PreTrainedModel) -> Iterator[None]:
     """While it is entered, decode steps run as before `install`: what they leave to look at is then whole."""
-    compiled_forward = vars(model).get("forward") if hasattr(model, _STATE) else None
+    compiled_forward = vars(model).get("forward") if is_installed(model) else None
     if compiled_forward is None:
         yield
         return

@@ -20,6 +20,7 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, Sto
 
 from sparse_attention_decoder.errors import ConfigError, InputError, UnsupportedError
 from sparse_attention_decoder.models.cache import SparseCache
+from sparse_attention_decoder.models.compiled import prepare_pass
 from sparse_attention_decoder.models.drafter import drafter_of, packs
 from sparse_attention_decoder.models.pace import Pace
 from sparse_attention_decoder.models.text import Text
@@ -116,6 +117,7 @@ class Drafting:
         held = _checked(input_ids, generation_config, model_kwargs)
         text = Text(input_ids, logits_processor, stopping_criteria, bool(generation_config.do_sample))
         drafter = drafter_of(model) if packs(model, self._lossless.weights) else model
+        prepare_pass(model)
         held.activate_past_recording()
         try:
             self._decode(model, drafter, held, text)

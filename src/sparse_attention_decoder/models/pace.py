@@ -10,7 +10,7 @@ _PRIOR = (5.0, 4.0)
 _FADE = 0.9
 # rounds after which drafting has to have paid, tokens drafted in each of them at least, and tokens that are decoded
 # without before it is tried again, the first time
-_TRIAL, _TRIED, _PAUSE = 4, 4, 256
+_TRIAL, _TRIED, _PAUSE = 4, 4, 64
 # time per token, relative to that without drafts, from which drafting is given up; and dense passes' time lost at most
 _WORTH, _LOSS = 0.98, 1.5
 # a token without a draft now and then, for what drafts are compared with grows with the context
@@ -49,10 +49,12 @@ class Pace:
             return False
         if drafted < _TRIED and self._rounds < _TRIAL:
             return True
+        # what a token is worth is the time that it takes otherwise
+        return self._is_worth(chance, self._alone if not self._rounds else min(self._alone, self._spent / self._gained))
+
+    def _is_worth(self, chance: float, worth: float) -> bool:
         if self._step is None or self._further is None:
             return False
-        # what a token is worth is the time that it takes otherwise
-        worth = self._alone if not self._rounds else min(self._alone, self._spent / self._gained)
         return chance * sum(self._hits) / sum(self._tries) * worth > self._step + self._further
 
     def chance(self, probability: float) -> float:
@@ -72,7 +74,10 @@ class Pace:
             self._since = 0
             self._paused = max(0, self._paused - 1)
             if declined:
-                self._rest()
+                # what a token took is of other times; a draft may still be worth it beside tokens without
+                self._spent, self._gained = self._alone, 1.0
+                if not self._is_worth(1.0, self._alone):
+                    self._rest()
         elif self._alone is not None:
             self._further = _least(self._further, max(0.0, seconds - self._alone) / (tokens - 1))
 
@@ -106,5 +111,5 @@ def _place(probability: float) -> int:
 
 
 def _least(before: float | None, now: float) -> float:
-    """A measurement that follows slower ones slowly: the first are those of memory that was never touched."""
-    return now if before is None else min(now, _FADE * before + (1 - _FADE) * now)
+    """A measurement that follows slower ones slowly: some are those of memory that was never touched."""
+    return now if before is None else min(now, before / _FADE)

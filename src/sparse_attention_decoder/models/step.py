@@ -48,7 +48,10 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: floa
 
 def _verify(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
     own = _running.cache.layers[layer]
-    own.append(key, value)
+    if not own.is_initialized:
+        own.lazy_initialization(key, value)
+    # the layer's own append would drop what is ready for the steps of the next draft
+    own.state.append(key, value)
     own.last = None
     # what follows takes the layout of `_fake` for granted
     return attend_causally(query, own.state, scaling).transpose(1, 2).contiguous()
