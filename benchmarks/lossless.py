@@ -44,7 +44,7 @@ def main() -> None:
     decoder = SparseAttention.from_pretrained(given.model, config, weights=given.weights, compile=given.compile)
     machine, found = facts(), texts(given.text)
     about = {
-        "model": given.model or "embedded", "weights": given.weights, "kv_dtype": given.kv_dtype,
+        "model": Path(given.model or "embedded").name, "weights": given.weights, "kv_dtype": given.kv_dtype,
         "compile": given.compile, "drafts": given.drafts, "threads": given.threads, "tokens": given.tokens,
         "cpu": machine["cpu"], "commit": machine["commit"],
     }  # fmt: skip

@@ -118,6 +118,8 @@ def test_a_difference_is_found(monkeypatch):
 
     assert not aot._agree(model, step, off)
     assert not aot._agree(model, step, lambda ids, positions: several(ids, positions + 1))
+    # in passes of one length alone
+    assert not aot._agree(model, step, lambda *pass_: (off if pass_[0].shape[1] == 3 else several)(*pass_))
 
 
 def test_a_prompt_and_a_batch_are_no_pass():

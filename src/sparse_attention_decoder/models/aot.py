@@ -116,15 +116,20 @@ def _agree(model: PreTrainedModel, step: Step, several: Step) -> bool:
     generator, words = torch.Generator().manual_seed(0), model.config.get_text_config().vocab_size
     ids = torch.randint(words, (1, MOST_VERIFIED), generator=generator)
     positions = torch.arange(MOST_VERIFIED)[None]
-    results = []
-    for run, size in ((step, 1), (several, MOST_VERIFIED), (several, MOST_VERIFIED // 2)):
+
+    def left_by(cut: list[int]) -> list[Tensor]:
         cache = SparseCache(model.config, AttentionConfig())
         with reading_all(cache), running_on(cache):
-            logits = [run(*pair) for pair in zip(ids.split(size, 1), positions.split(size, 1), strict=True)]
-        held = [tensor for layer in cache.sparse_layers for tensor in layer.plain()]
-        results.append([torch.cat(logits, 1), *held])
-    alone, *others = results
-    return all(torch.equal(*pair) for other in others for pair in zip(alone, other, strict=True))
+            logits = [
+                (step if part.shape[1] == 1 else several)(part, place)
+                for part, place in zip(ids.split(cut, 1), positions.split(cut, 1), strict=True)
+            ]
+        return [torch.cat(logits, 1), *(tensor for layer in cache.sparse_layers for tensor in layer.plain())]
+
+    alone = left_by([1] * MOST_VERIFIED)
+    # passes of every length
+    cuts = [[MOST_VERIFIED], *([first, MOST_VERIFIED - first] for first in range(1, MOST_VERIFIED // 2 + 1))]
+    return all(torch.equal(*pair) for cut in cuts for pair in zip(alone, left_by(cut), strict=True))
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

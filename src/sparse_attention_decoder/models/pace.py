@@ -8,9 +8,10 @@ _EDGES = (0.25, 0.5, 0.75, 0.95)
 _PRIOR = (5.0, 4.0)
 # older measurements fade by this factor
 _FADE = 0.9
-# rounds after which drafting has to have paid, tokens drafted in each of them at least, and tokens that are decoded
-# without before it is tried again, the first time
-_TRIAL, _TRIED, _PAUSE = 4, 4, 64
+# rounds after which drafting has to have paid, and tokens drafted in each of them at least: few, for luck decides them
+_TRIAL, _TRIED = 4, 2
+# tokens decoded without drafts before they are tried again, the first time, and how much longer it is each time
+_PAUSE, _LONGER = 16, 3
 # time per token, relative to that without drafts, from which drafting is given up; and dense passes' time lost at most
 _WORTH, _LOSS = 0.98, 1.5
 # a token without a draft now and then, for what drafts are compared with grows with the context
@@ -97,7 +98,7 @@ class Pace:
             self._rest()
 
     def _rest(self) -> None:
-        self._paused, self._pause = self._pause, 2 * self._pause
+        self._paused, self._pause = self._pause, _LONGER * self._pause
         self._rounds, self._spent, self._gained = 0, 0.0, 0.0
 
     def __str__(self) -> str:
