@@ -48,6 +48,17 @@ def test_one_slow_step_does_not_end_drafting():
     assert pace.pays and pace.goes_on(0, 1.0)
 
 
+def test_a_disturbed_round_does_not_end_drafting_and_many_do():
+    _, pace = paced(2.0, 20.0, 1.0, 0.98, rounds=2)
+    pace.record_round([0.9] * 2, 2, 500.0)
+    assert pace.pays and pace.goes_on(0, 1.0)
+    for _ in range(40):
+        if pace.pays:
+            pace.record_step(250.0)
+            pace.record_round([0.9] * 2, 2, 500.0)
+    assert not pace.pays
+
+
 def test_a_draft_that_is_not_worth_it_now_is_no_loss_where_drafts_paid():
     _, pace = paced(2.0, 20.0, 0.1, 0.98)
     # a token takes 20 without drafts and some 4 with them: one that costs 10 now is declined, for a single token

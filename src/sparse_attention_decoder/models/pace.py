@@ -14,6 +14,8 @@ _TRIAL, _TRIED = 4, 2
 _PAUSE, _LONGER = 16, 3
 # time per token, relative to that without drafts, from which drafting is given up; and dense passes' time lost at most
 _WORTH, _LOSS = 0.98, 1.5
+# a round that took more than so many times what its steps and pass take was disturbed: it counts as so many times that
+_DISTURBED = 1.5
 # a token without a draft now and then, for what drafts are compared with grows with the context
 _CALIBRATION = 128
 
@@ -90,6 +92,9 @@ class Pace:
             self._hits[place] = self._hits[place] * 0.99 + (number < accepted)
         self._rounds += 1
         self._since += accepted + 1
+        if self._step is not None and self._alone is not None and self._further is not None:
+            usual = len(probabilities) * (self._step + self._further) + self._alone
+            seconds = min(seconds, _DISTURBED * usual)
         self._spent, self._gained = self._spent * _FADE + seconds, self._gained * _FADE + accepted + 1
         if self._drafts is not None or self._alone is None:
             return
