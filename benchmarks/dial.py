@@ -4,7 +4,8 @@ and whether the loop holds its target. Decoded token by token behind a long prom
     python benchmarks/dial.py TEXT... [--context 7000] [--tokens 128] [--skip 100000] [--out benchmarks/dial.jsonl]
     python benchmarks/dial.py --sum benchmarks/dial.jsonl
 
-One JSON line a text and config; `--sum` reads them and says the three things.
+`--config FILE`, one of `sparse-decoder tune`, adds that config at several thresholds, the loop from there, and the loop
+of `balanced` with its scales by layer. One JSON line a text and config; `--sum` reads them and says the three things.
 """
 
 import argparse
@@ -30,6 +31,8 @@ BUDGETS = (256, 1024)
 QUALITIES = ("fast", "balanced", "firm")
 # what the loop is asked to hold, from where `balanced` starts
 TARGETS = (0.10, 0.07, 0.04)
+# what a tuned config's threshold is multiplied by, for a curve
+FACTORS = (4.0, 1.0, 0.25)
 # the sketch's estimate is set beside the true mass of every layer in one step of so many
 CHECK_EVERY = 4
 # steps the loop is given to find its threshold
@@ -46,6 +49,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=7000)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--skip", type=int, default=100_000, help="characters of each text to leave out")
+    parser.add_argument("--config", type=AttentionConfig.load, help="with layer_scales: set them beside the rest")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("dial.jsonl"))
     parser.add_argument("--sum", type=Path)
     given = parser.parse_args()
@@ -57,14 +61,14 @@ def main() -> None:
         text = path.read_text("utf-8", "replace")[given.skip :][: 8 * (given.context + given.tokens)]
         ids = decoder.prompt_ids(text, chat=False)[:, : given.context + given.tokens]
         where = {"model": Path(given.model or "smollm2").stem, "text": path.stem, "context": given.context}
-        for line in measured(decoder, ids, given.context):
+        for line in measured(decoder, ids, given.context, given.config):
             with given.out.open("a", encoding="utf-8") as out:
                 out.write(json.dumps({**where, **line}) + "\n")
             print(line["side"], line["budget"], f"KL {line['kl']:.5f} retrieved {line['retrieved']:.2%}", flush=True)
 
 
-def sides() -> Iterator[tuple[str, float | str, AttentionConfig]]:
-    """What is compared: its name, its budget, its config."""
+def sides(tuned: AttentionConfig | None) -> Iterator[tuple[str, float | str, AttentionConfig]]:
+    """What is compared: its name, its budget, its config; those of a tuned one last."""
     for threshold in THRESHOLDS:
         yield "threshold", threshold, replace(PLAIN, threshold=threshold)
     for top_k in BUDGETS:
@@ -73,13 +77,24 @@ def sides() -> Iterator[tuple[str, float | str, AttentionConfig]]:
         yield "quality", quality, replace(PLAIN, quality=quality)
     for target in TARGETS:
         yield "dial", target, replace(PLAIN, quality="balanced", missing_mass=target)
+    if tuned is None:
+        return
+    tuned = replace(tuned, dense_below=0, tuned_for=None)
+    for factor in FACTORS:
+        yield "tuned", factor, replace(tuned, threshold=(tuned.threshold or 0.0) * factor)
+    by_layer = replace(PLAIN, quality="balanced", layer_scales=tuned.layer_scales)
+    for target in TARGETS:
+        yield "dial, tuned", target, replace(tuned, missing_mass=target)
+        yield "dial, by layer", target, replace(by_layer, missing_mass=target)
 
 
-def measured(decoder: SparseAttention, ids: Tensor, context: int) -> Iterator[dict[str, Any]]:
+def measured(
+    decoder: SparseAttention, ids: Tensor, context: int, tuned: AttentionConfig | None
+) -> Iterator[dict[str, Any]]:
     """One line a side, for one text."""
     cache = decoder.prefill(ids[:, :context])
     dense, _, _ = decoded(decoder, cache, ids, replace(PLAIN, policy="dense"))
-    for side, budget, config in sides():
+    for side, budget, config in sides(tuned):
         logps, stats, checks = decoded(decoder, cache, ids, config)
         near = (config.sink_tokens + config.attention_window) * heads_of(cache)
         retrieved = (stats.tokens_read - near).sum() / stats.tokens_cached.sum()
@@ -128,15 +143,15 @@ def sum_up(lines: list[dict[str, Any]]) -> None:
         kl, retrieved, audits, read = (mean(found, name) for name in ("kl", "retrieved", "audits", "share_read"))
         curves[side].append((kl, retrieved + audits))
         print(
-            f"{side:10} {budget!s:9} KL {kl:.5f}  retrieved {retrieved:6.2%}  audits {audits:.2%}  in all {read:6.2%}"
+            f"{side:14} {budget!s:9} KL {kl:.5f}  retrieved {retrieved:6.2%}  audits {audits:.2%}  in all {read:6.2%}"
         )
-        if side == "dial":
+        if side.startswith("dial"):
             ratios = sorted(ratio for line in found for ratio in line["estimated_over_true"])
             inside = sum(0.9 <= ratio <= 1.15 for ratio in ratios) / len(ratios)
             held = ", ".join(f"{line['true'] / budget:.2f}" for line in found)
             print(f"{'':20} estimate over true mass, by step: {ratios[0]:.2f} to {ratios[-1]:.2f}, {inside:.0%} within "
                   f"0.9 to 1.15; true mass over target, by text: {held}")  # fmt: skip
-    for side in ("quality", "dial"):
+    for side in [side for side in curves if side not in ("threshold", "top_k")]:
         for kl, read in curves[side]:
             best, other = min((bytes_at(curves[plain], kl), plain) for plain in ("threshold", "top_k"))
             if math.isfinite(best):

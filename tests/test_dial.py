@@ -92,7 +92,7 @@ def test_an_audit_changes_no_output():
 
 @pytest.mark.parametrize("layers", [1, 2, 7, 24, 30, 32])
 def test_all_layers_have_their_turn_to_be_audited_one_a_step(layers):
-    dials = [LayerDial(dial) for dial in [Dial(0.03, 3e-5)] for _ in range(layers)]
+    dials = [LayerDial(dial, 3e-5) for dial in [Dial(0.03, 3e-5)] for _ in range(layers)]
     turns = []
     for _ in range(layers * AUDIT_EVERY):
         for dial in dials:
@@ -122,7 +122,7 @@ def test_the_factor_goes_to_what_audits_find(estimated, bias):
 def test_the_loop_brings_the_mean_mass_to_its_target(target, start, slope, seed):
     """A stationary world: the mass is a power of the threshold, times noise of its own every step."""
     dial, noise = Dial(target, start), torch.Generator().manual_seed(seed)
-    layers = [LayerDial(dial) for _ in range(4)]
+    layers = [LayerDial(dial, start) for _ in range(4)]
     masses = []
     for _ in range(300):
         shock = math.exp(0.2 * float(torch.randn((), generator=noise)) - 0.02)
@@ -136,7 +136,7 @@ def test_the_loop_brings_the_mean_mass_to_its_target(target, start, slope, seed)
 
 def test_the_threshold_moves_between_steps_and_never_within():
     dial = Dial(0.03, 3e-5)
-    layers = [LayerDial(dial) for _ in range(3)]
+    layers = [LayerDial(dial, 3e-5) for _ in range(3)]
     seen = []
     for _ in range(4):
         for layer in layers:
@@ -146,10 +146,53 @@ def test_the_threshold_moves_between_steps_and_never_within():
     assert seen[0] == 3e-5 and seen[0] > seen[3] > seen[6] > seen[9]
 
 
+def test_layers_keep_their_ratios_while_the_loop_moves_them():
+    scaled = dataclasses.replace(DIALLED, layer_scales=(0.5, 2.0))
+    model, ids = enable(tiny.build(), scaled), tiny.prompt(1, 60)
+    cache = SparseCache(model.config, scaled)
+    first, second = (layer.state.dial for layer in cache.sparse_layers)
+    assert (first.threshold, second.threshold) == (0.01, 0.04)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(5):
+            model(ids[:, :1], past_key_values=cache)
+    assert first.threshold != 0.01 and second.threshold == pytest.approx(4 * first.threshold)
+    even = dataclasses.replace(DIALLED, layer_scales=(1.0, 1.0))
+    thresholds = []
+    for config in (DIALLED, even):
+        cache = SparseCache(model.config, config)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            for _ in range(5):
+                model(ids[:, :1], past_key_values=cache)
+        thresholds.append([layer.state.dial.threshold for layer in cache.sparse_layers])
+    assert thresholds[0] == thresholds[1]
+
+
+def test_a_layer_that_is_read_whole_is_none_of_the_loops():
+    config = dataclasses.replace(DIALLED, layer_scales=(None, 1.0))
+    model, ids = enable(tiny.build(), config), tiny.prompt(1, 60)
+    cache = SparseCache(model.config, config)
+    record(cache)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(9):
+            model(ids[:, :1], past_key_values=cache)
+    whole, moved = (layer.state.dial for layer in cache.sparse_layers)
+    assert whole is None and moved.threshold != config.threshold
+    assert not Statistics.of(cache).audit_bytes[:, 0].any() and Statistics.of(cache).audit_bytes[:, 1].any()
+
+
+def test_no_layer_asks_for_more_than_all_of_the_attention():
+    dial = Dial(0.9, 0.02)
+    layer = LayerDial(dial, 0.02 * 100)
+    assert layer.threshold == layer.begin() < 1
+
+
 @pytest.mark.parametrize("mass", [0.0, 1.0])
 def test_the_threshold_stays_within_limits_where_the_target_is_out_of_reach(mass):
     dial = Dial(0.03, 3e-5)
-    layer = LayerDial(dial)
+    layer = LayerDial(dial, 3e-5)
     for _ in range(500):
         layer.begin()
         dial.see(mass)

@@ -14,6 +14,7 @@ from cases import (
     randn,
     real_tokens,
     skewed_keys,
+    true_shares,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,6 +136,59 @@ def test_the_output_is_attention_over_what_was_read_with_its_weights(backend, kv
     selection = decoded.selection
     assert (selection.log_weights[selection.chosen] > 0).any() and int(selection.counts.max()) < 200
     assert_error_within(decoded.output, attended(layer, query, rows, selection), 2e-5)
+
+
+@pytest.mark.parametrize("mask", [left_padded(300, 300), left_padded(300, 211, 90)], ids=["whole", "padded"])
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_is_missed_is_what_the_sample_stands_for(backend, kv_dtype, mask, request):
+    """By definition: of the attention, weights included, the part that no read token has by itself."""
+    if backend == "cpu":
+        request.getfixturevalue("compiled_library")
+    batch, rows = len(mask), Rows.from_mask(mask)
+    keys, values, query = skewed_keys(1, batch, 2, 300, 16), randn(2, batch, 2, 300, 24), randn(3, batch, 6, 16)
+    layer = layer_of(backend, keys, values, kv_dtype=kv_dtype)
+    layer.ledger.record()
+    selection = decode_step(query, layer, rows, SCALING).selection
+    held, expected = layer.buffer.plain_keys.double(), torch.zeros(batch, 6, dtype=torch.float64)
+    for row, real in enumerate(real_tokens(rows)):
+        near, _ = near_and_middle(real, SINKS, WINDOW)
+        for head in range(6):
+            count = int(selection.counts[row, head // 3])
+            tokens = near + selection.tokens[row, head // 3, :count].tolist()
+            logits = SCALING * held[row, head // 3, tokens] @ query[row, head].double()
+            weighed = logits.clone()
+            weighed[len(near) :] += selection.log_weights[row, head // 3, :count].double()
+            expected[row, head] = 1 - (logits - weighed.logsumexp(0)).exp().sum()
+    assert expected.max() > 0.05
+    assert_error_within(selection.missing_mass, expected.unflatten(1, (2, 3)).mean(-1), 1e-5)
+
+
+def test_over_many_steps_the_sample_sees_what_the_sketch_does_not():
+    keys, values = skewed_keys(1, 16, 2, 600, 16), randn(2, 16, 2, 600, 16)
+    layer, rows = layer_of("reference", keys, values), Rows.full(16, 600)
+    estimates = []
+    for seed in range(12):
+        query, true = 2 * randn(seed, 16, 6, 16), []
+        for records in (False, True):
+            layer.ledger.log = [] if records else None
+            step = decode_step(query, layer, rows, SCALING).selection
+            shares = true_shares(query, keys, rows, SCALING)
+            near = [*range(SINKS), *range(600 - WINDOW, 600)]
+            left = shares.clone()
+            left[..., near] = 0
+            for row in range(16):
+                for head in range(2):
+                    left[row, head, step.tokens[row, head, : int(step.counts[row, head])]] = 0
+            true = [float(step.missing_mass.mean()), float(left.sum(-1).mean())]
+            estimates.append((records, *true))
+    ratio = {
+        records: sum(estimated for own, estimated, _ in estimates if own is records)
+        / sum(true for own, _, true in estimates if own is records)
+        for records in (False, True)
+    }
+    assert ratio[True] == pytest.approx(1, abs=0.03)
+    assert abs(ratio[False] - 1) > 0.1
 
 
 @pytest.mark.parametrize("tokens", [40, 300, 1000, 20_000])

@@ -3,14 +3,14 @@
 Read this page first, then policies/sketch.py, then kernels/reference.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparse_attention_decoder.cache import Account, Cap, FarField, Index, KVBuffer, Sketch, Witness
 from sparse_attention_decoder.config import AttentionConfig
-from sparse_attention_decoder.dial import Dial, LayerDial
+from sparse_attention_decoder.dial import Dial, LayerDial, unread_of_sample
 from sparse_attention_decoder.errors import BackendError, ShapeError
 from sparse_attention_decoder.kernels import Kernels, Request, resolve
 from sparse_attention_decoder.kernels.reference import REFERENCE
@@ -47,8 +47,9 @@ class LayerState:
         self.buffer = KVBuffer(config.kv_dtype, config.backend)
         self.cap = Cap(config, account or Account(1)) if config.is_capped else None
         self.ledger = Ledger(config)
-        shared = dial or Dial.of(config)
-        self.dial = None if shared is None else LayerDial(shared)
+        # a layer that is read whole has nothing to move
+        shared = None if config.missing_mass is None else dial or Dial.of(config)
+        self.dial = None if shared is None else LayerDial(shared, config.threshold or 0.0)
         self.index: Index | None = None
         self.witness: Witness | None = None
         self.far = FarField(config.sink_tokens, config.far_field) if config.far_field else None
@@ -207,6 +208,9 @@ def decode_step(query: Tensor, layer: LayerState, rows: Rows, scaling: float) ->
         output, lse, selection = layer.policy.attend(step)
         if layer.far is not None:
             output = layer.far.add(output, _of_heads(selection, layer), layer.buffer.values, rows)
+        if selection.log_weights is not None and (layer.dial is not None or layer.ledger.log is not None):
+            # for who asks: it reads the chosen keys once more, out of the processor's cache
+            selection = replace(selection, missing_mass=unread_of_sample(step, selection, lse))
     dialled = _dialled(layer, step, selection, dense)
     layer.ledger.note(layer.buffer, rows.counts, dense, selection, dialled)
     if any(dense):

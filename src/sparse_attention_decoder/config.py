@@ -14,7 +14,8 @@ from sparse_attention_decoder.tables import BACKENDS, KV_BITS, POLICIES, QUALITI
 CAPPED = ("sketch", "dense", "window")
 # policies that obey a threshold
 SCALED = ("sketch", "oracle")
-_LARGEST = 0.999
+# shares of attention are below 1
+LARGEST_THRESHOLD = 0.999
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class AttentionConfig:
         max_cache_bytes: bytes that keys, values and sketch of all layers and rows may take together. Precision
             goes first, to int8 and then to int4; what is beyond even so is evicted.
         missing_mass: share of the attention that may go unread, mean over layers, heads, rows and steps: from
-            `threshold` on, a closed loop moves the threshold so that the estimated missing attention mass stays there.
-            The estimate is audited by exact attention, see `dial`; it is no bound. None leaves the threshold where
-            it is. For policies sketch and oracle; the others ignore it, as they do the threshold.
+            `threshold` on, a closed loop moves the threshold so that the estimated missing attention mass stays there;
+            with `layer_scales` all layers' thresholds, by one factor, and layers read whole do not count. The estimate
+            is audited by exact attention, see `dial`; it is no bound. None leaves the threshold where it is. For
+            policies sketch and oracle; the others ignore it, as they do the threshold.
         sample_tail: of the tokens whose share does not exceed the threshold, one is read for every `threshold` of
             attention and stands for that much: half the bytes at the same KL (docs/experiments.md, 21), with a
             threshold some ten times higher. For policy sketch, backends cpu and reference; other policies ignore it.
@@ -174,8 +176,6 @@ class AttentionConfig:
             )
         if self.far_field and self.sample_tail:
             raise ConfigError("far_field and sample_tail each stand for what is left unread; use one of them")
-        if self.layer_scales is not None and self.missing_mass is not None:
-            raise ConfigError("missing_mass moves one threshold for all layers; use it, or layer_scales")
         if self.tuned_for is not None and not isinstance(self.tuned_for, str):
             raise ConfigError(f"tuned_for is {self.tuned_for!r}; expected what `models.identity.of` gives, or None")
 
@@ -205,8 +205,10 @@ class AttentionConfig:
                 sample_tail=False,
                 missing_mass=None,
             )
-        # a share of attention is below 1: one that would not be asks for nothing but the floor, as this does
-        return replace(self, threshold=min((self.threshold or 0.0) * scale, _LARGEST), layer_scales=None, quality=None)
+        # one that would be larger asks for nothing but the floor, as this does
+        return replace(
+            self, threshold=min((self.threshold or 0.0) * scale, LARGEST_THRESHOLD), layer_scales=None, quality=None
+        )
 
     def _check_caps(self) -> None:
         if self.max_cache_tokens is not None:

@@ -1,8 +1,9 @@
 """The dial: a closed loop that moves the threshold so that the estimated missing attention mass stays at a target.
 
-The sketch's estimate ranks steps well and is biased low. An audit reads all keys of one layer, which gives the true
-missing mass of that step; a factor per layer, learned from audits, corrects the estimate. It is an estimate of an
-average and no bound: docs/experiments.md says how far it is off.
+The sketch's estimate ranks steps well and is biased low. Where a sample of the tail is read, the sample's exact logits
+give a better one, see `unread_of_sample`. An audit reads all keys of one layer, which gives the true missing mass of
+that step; a factor per layer, learned from audits, corrects the estimate. It is an estimate of an average and no bound:
+docs/experiments.md says how far it is off.
 """
 
 import math
@@ -10,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_attention_decoder.config import AttentionConfig
+from sparse_attention_decoder.config import LARGEST_THRESHOLD, AttentionConfig
 from sparse_attention_decoder.ledger import Dialled
 from sparse_attention_decoder.policies import Step
 from sparse_attention_decoder.selection import Selection
@@ -55,11 +56,11 @@ class Dial:
 
     Args:
         target: the missing attention mass to hold, mean over layers, rows and KV heads.
-        threshold: where to start.
+        threshold: where to start; layers whose own threshold is another keep their ratio to it.
     """
 
     def __init__(self, target: float, threshold: float) -> None:
-        self.target, self._start = target, threshold
+        self.target, self.start = target, threshold
         self.layers = 0
         self.reset()
 
@@ -72,7 +73,7 @@ class Dial:
 
     def reset(self) -> None:
         """Forget everything but the layers."""
-        self.threshold = self._start
+        self.threshold = self.start
         self.found = Ratio(_MEMORY)
         self._steps = self._moves = 0
         self._sum, self._count = 0.0, 0
@@ -102,10 +103,13 @@ class Dial:
 
 
 class LayerDial:
-    """One layer's part: its own factor, and whose turn it is to be audited."""
+    """One layer's part: its own factor, and whose turn it is to be audited.
 
-    def __init__(self, dial: Dial) -> None:
-        self._dial, self._number = dial, dial.layers
+    threshold: that of the layer, where the dial starts.
+    """
+
+    def __init__(self, dial: Dial, threshold: float) -> None:
+        self._dial, self._number, self._scale = dial, dial.layers, threshold / dial.start
         dial.layers += 1
         self.reset()
 
@@ -117,7 +121,7 @@ class LayerDial:
     @property
     def threshold(self) -> float:
         """In force now."""
-        return self._dial.threshold
+        return min(self._scale * self._dial.threshold, LARGEST_THRESHOLD)
 
     @property
     def factor(self) -> float:
@@ -136,7 +140,7 @@ class LayerDial:
         """A sparse step begins; its threshold."""
         self._step += 1
         self._dial.begin(self._step)
-        return self._dial.threshold
+        return self.threshold
 
     def follow(self, step: Step, selection: Selection, dense: list[bool]) -> Dialled:
         """The step is done: learn from it.
@@ -158,6 +162,23 @@ class LayerDial:
             self._found.add(estimated, true)
             self._dial.found.add(estimated, true)
         return Dialled(step.threshold, factor, true, tokens)
+
+
+def unread_of_sample(step: Step, selection: Selection, lse: Tensor) -> Tensor:
+    """[B, Hkv], what tokens of a sampled tail stand for beside themselves: shares of attention, mean over query heads.
+
+    A token is read with a probability that the sketch made up, and stands for so many by its exact logit: expected over
+    samples that is the attention on tokens not read, however wrong the sketch is (Horvitz and Thompson, 1952).
+
+    Args:
+        selection: what was read beside sinks and window, with log_weights.
+        lse: [B, Hq], log-sum-exp of all that was read, weights included.
+    """
+    assert selection.log_weights is not None
+    logits = step.kernels.exact_logits(step.query, step.buffer.keys, selection.tokens, step.scaling)
+    logits = logits - lse.unflatten(1, (logits.shape[1], -1)).unsqueeze(-1)
+    unread = (logits + selection.log_weights.unsqueeze(2)).exp() - logits.exp()
+    return unread.masked_fill(~selection.chosen.unsqueeze(2), 0).sum(-1).mean(2)
 
 
 def true_missing(step: Step, selection: Selection) -> Tensor:

@@ -133,7 +133,7 @@ class Selection:
     tokens: [B, Hkv, K] int64 positions, unique within a head; entries from counts on are filler.
     counts: [B, Hkv] int64, how many of them are chosen.
     missing_mass: [B, Hkv] float32, estimated share of the attention (mean over the query heads)
-        on tokens left unread; an estimate, biased low, and no bound. None where no policy estimates.
+        on tokens left unread; no bound, and as the sketch sees it, biased low. None where no policy estimates.
     index_bytes: bytes read from the index, all rows and heads, to choose them.
     log_weights: [B, Hkv, K] float32, what is added to the logits of chosen tokens that stand for others too, 0 for the
         rest; None where all stand for themselves.
