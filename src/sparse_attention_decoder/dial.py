@@ -177,7 +177,7 @@ def unread_of_sample(step: Step, selection: Selection, lse: Tensor) -> Tensor:
     assert selection.log_weights is not None
     logits = step.kernels.exact_logits(step.query, step.buffer.keys, selection.tokens, step.scaling)
     logits = logits - lse.unflatten(1, (logits.shape[1], -1)).unsqueeze(-1)
-    unread = (logits + selection.log_weights.unsqueeze(2)).exp() - logits.exp()
+    unread: Tensor = (logits + selection.log_weights.unsqueeze(2)).exp() - logits.exp()
     return unread.masked_fill(~selection.chosen.unsqueeze(2), 0).sum(-1).mean(2)
 
 
