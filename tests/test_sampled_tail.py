@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparse_attention_decoder import dial
 from sparse_attention_decoder.attention import LayerState, decode_step
 from sparse_attention_decoder.cache.static import StaticTokens
 from sparse_attention_decoder.config import AttentionConfig
@@ -189,6 +190,20 @@ def test_over_many_steps_the_sample_sees_what_the_sketch_does_not():
     }
     assert ratio[True] == pytest.approx(1, abs=0.03)
     assert abs(ratio[False] - 1) > 0.1
+
+
+def test_what_a_sample_never_sees_is_added_after_an_audit(monkeypatch):
+    """As in a layer whose sketch gives tokens that matter no chance to be read."""
+    keys, values = skewed_keys(1, 1, 2, 300, 16), randn(2, 1, 2, 300, 16)
+    layer, rows = layer_of("reference", keys, values, missing_mass=0.3), Rows.full(1, 300)
+    layer.ledger.record()
+    monkeypatch.setattr(dial, "true_missing", lambda step, selection: selection.missing_mass + 0.2)
+    seen = [decode_step(randn(seed, 1, 6, 16), layer, rows, SCALING).selection.missing_mass for seed in range(40)]
+    _ = layer.reads
+    added = [step.estimated - float(mass.mean()) for step, mass in zip(layer.ledger.log, seen, strict=True)]
+    assert added[0] == 0
+    assert added[1] == pytest.approx(0.16, abs=1e-6)
+    assert added[-1] == pytest.approx(0.2, abs=0.02)
 
 
 @pytest.mark.parametrize("tokens", [40, 300, 1000, 20_000])

@@ -2,8 +2,8 @@
 
 The sketch's estimate ranks steps well and is biased low. Where a sample of the tail is read, the sample's exact logits
 give a better one, see `unread_of_sample`. An audit reads all keys of one layer, which gives the true missing mass of
-that step; a factor per layer, learned from audits, corrects the estimate. It is an estimate of an average and no bound:
-docs/experiments.md says how far it is off.
+that step; audits of a layer correct its estimates, the sketch's by a factor, a sample's by an offset. It is an estimate
+of an average and no bound: docs/experiments.md says how far it is off.
 """
 
 import math
@@ -27,8 +27,11 @@ FIRST_STEPS, FIRST_AUDITS = (1, 5), 5
 _PRIOR, _PRIOR_WEIGHT, _LAYER_WEIGHT = 1.0, 1.0, 4.0
 # audits remembered, about: of all layers, and of one
 _MEMORY, _LAYER_MEMORY = 128, 32
-# share of the relative error that a step mends in the logarithm of the threshold, and the largest error it believes
-_GAIN, _LARGEST_ERROR = 0.2, 0.7
+# audits without a difference that an offset begins with
+_OFFSET_WEIGHT = 0.25
+# share of the relative error that a step mends in the logarithm of the threshold, and the errors it believes: what is
+# cut off above lets the mean mass come out above its target
+_GAIN, _LEAST_ERROR, _MOST_ERROR = 0.2, -0.7, 3.0
 _LEAST, _MOST = 1e-8, 0.05
 # keys read at a time by an audit
 _PIECE = 4096
@@ -49,6 +52,24 @@ class Ratio:
     def factor(self, prior: float, weight: float) -> float:
         """The ratio, where `weight` of estimated mass at the ratio `prior` count as samples too."""
         return (prior * weight + self.true) / (weight + self.estimated)
+
+
+class Offset:
+    """True minus estimated mass, a mean that forgets: what a sample does not see where the sketch is far off."""
+
+    def __init__(self, memory: int) -> None:
+        self._keep = 1 - 1 / memory
+        self._sum = self._count = 0.0
+
+    def add(self, estimated: float, true: float) -> None:
+        """One audit."""
+        self._sum = self._keep * self._sum + true - estimated
+        self._count = self._keep * self._count + 1
+
+    @property
+    def value(self) -> float:
+        """What is to be added to an estimate."""
+        return self._sum / (self._count + _OFFSET_WEIGHT)
 
 
 class Dial:
@@ -92,7 +113,7 @@ class Dial:
             self._moves += 1
             error = self._sum / self._count / self.target - 1
             gain = max(_GAIN, 1 / (1 + self._moves))
-            moved = self.threshold * math.exp(-gain * max(-_LARGEST_ERROR, min(_LARGEST_ERROR, error)))
+            moved = self.threshold * math.exp(-gain * max(_LEAST_ERROR, min(_MOST_ERROR, error)))
             self.threshold = max(_LEAST, min(_MOST, moved))
         self._sum, self._count = 0.0, 0
 
@@ -116,7 +137,7 @@ class LayerDial:
     def reset(self) -> None:
         """Forget everything."""
         self._dial.reset()
-        self._step, self._found = 0, Ratio(_LAYER_MEMORY)
+        self._step, self._found, self._offset = 0, Ratio(_LAYER_MEMORY), Offset(_LAYER_MEMORY)
 
     @property
     def threshold(self) -> float:
@@ -125,7 +146,7 @@ class LayerDial:
 
     @property
     def factor(self) -> float:
-        """What this layer's estimates are to be multiplied by; with few audits near what all layers' audits say."""
+        """For the sketch's estimates of this layer; with few audits near what all layers' audits say."""
         return self._found.factor(self._dial.factor, _LAYER_WEIGHT * self._dial.target)
 
     @property
@@ -154,14 +175,16 @@ class LayerDial:
         # a list at once: indexing a tensor costs more than the sum
         by_row = selection.missing_mass.mean(-1).tolist()
         estimated = sum(by_row[row] for row in sparse) / len(sparse)
-        factor, true, tokens = self.factor, None, 0
-        self._dial.see(factor * estimated)
+        is_sampled = selection.log_weights is not None
+        factor, offset = (1.0, self._offset.value) if is_sampled else (self.factor, 0.0)
+        true, tokens = None, 0
+        self._dial.see(max(0.0, factor * estimated + offset))
         if self.is_audited:
             true = float(true_missing(step, selection)[sparse].mean())
             tokens = sum(step.rows.counts) * step.buffer.shape[1]
-            self._found.add(estimated, true)
-            self._dial.found.add(estimated, true)
-        return Dialled(step.threshold, factor, true, tokens)
+            for found in (self._offset,) if is_sampled else (self._found, self._dial.found):
+                found.add(estimated, true)
+        return Dialled(step.threshold, factor, offset, true, tokens)
 
 
 def unread_of_sample(step: Step, selection: Selection, lse: Tensor) -> Tensor:

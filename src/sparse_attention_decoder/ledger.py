@@ -19,7 +19,7 @@ class Dialled:
     """What the dial of a layer did in one step.
 
     threshold: in force in this step.
-    factor: what the sketch's estimate was multiplied by.
+    factor, offset: what the estimate was multiplied by, and what was added to it.
     audited: true missing attention mass of the rows that were read sparsely, mean over rows and heads, float64;
         None where the step was not audited.
     audit_tokens: tokens whose keys were read for that, over rows and KV heads.
@@ -27,6 +27,7 @@ class Dialled:
 
     threshold: float
     factor: float = 1.0
+    offset: float = 0.0
     audited: float | None = None
     audit_tokens: int = 0
 
@@ -149,6 +150,6 @@ class _Note:
         if self.missing is None:
             return StepReads(reads, dialled.threshold, torch.nan, torch.nan, audited)
         sparse = torch.tensor(self.dense, device=self.missing.device).logical_not()
-        estimates = dialled.factor * self.missing[sparse]
+        estimates = (dialled.factor * self.missing[sparse] + dialled.offset).clamp_min(0)
         spread, mean = torch.std_mean(estimates, correction=0)
         return StepReads(reads, dialled.threshold, float(mean), float(spread), audited)
