@@ -146,27 +146,23 @@ def test_the_threshold_moves_between_steps_and_never_within():
     assert seen[0] == 3e-5 and seen[0] > seen[3] > seen[6] > seen[9]
 
 
-def test_layers_keep_their_ratios_while_the_loop_moves_them():
-    scaled = dataclasses.replace(DIALLED, layer_scales=(0.5, 2.0))
-    model, ids = enable(tiny.build(), scaled), tiny.prompt(1, 60)
-    cache = SparseCache(model.config, scaled)
-    first, second = (layer.state.dial for layer in cache.sparse_layers)
-    assert (first.threshold, second.threshold) == (0.01, 0.04)
+def thresholds_after(scales: tuple[float, float] | None, steps: int) -> list[float]:
+    """Of both layers, so many steps behind a prompt."""
+    config = dataclasses.replace(DIALLED, layer_scales=scales)
+    model, ids = enable(tiny.build(), config), tiny.prompt(1, 60)
+    cache = SparseCache(model.config, config)
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        for _ in range(5):
+        for _ in range(steps):
             model(ids[:, :1], past_key_values=cache)
-    assert first.threshold != 0.01 and second.threshold == pytest.approx(4 * first.threshold)
-    even = dataclasses.replace(DIALLED, layer_scales=(1.0, 1.0))
-    thresholds = []
-    for config in (DIALLED, even):
-        cache = SparseCache(model.config, config)
-        with torch.no_grad():
-            model(ids, past_key_values=cache)
-            for _ in range(5):
-                model(ids[:, :1], past_key_values=cache)
-        thresholds.append([layer.state.dial.threshold for layer in cache.sparse_layers])
-    assert thresholds[0] == thresholds[1]
+    return [layer.state.dial.threshold for layer in cache.sparse_layers]
+
+
+def test_layers_keep_their_ratios_while_the_loop_moves_them():
+    assert thresholds_after((0.5, 2.0), 0) == [0.01, 0.04]
+    first, second = thresholds_after((0.5, 2.0), 5)
+    assert first != 0.01 and second == pytest.approx(4 * first)
+    assert thresholds_after((1.0, 1.0), 5) == thresholds_after(None, 5)
 
 
 def test_a_layer_that_is_read_whole_is_none_of_the_loops():

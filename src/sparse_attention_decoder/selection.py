@@ -176,7 +176,7 @@ class Reads:
         dtype would have read, so that `share_read` shows what packing saves too.
     steps: decode steps, sparse_steps of which chose tokens; the others read everything.
     tokens_read, tokens_cached: summed over steps, rows and KV heads.
-    missing_mass: sum over sparse steps of the mean missing mass that the sketch estimates, as it estimates it.
+    missing_mass: sum over sparse steps of the mean missing mass that is estimated, before audits correct it.
     audit_bytes: of keys read beside all that, to audit the estimate.
     """
 

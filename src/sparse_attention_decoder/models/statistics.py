@@ -22,8 +22,8 @@ class Statistics:
     bytes_read: int64, of keys, values, index and audits; bytes_dense: what dense attention would have read.
     audit_bytes: int64, the part of bytes_read that audits took.
     estimated: float64, estimated missing attention mass, mean over rows and KV heads; 0 where all was read, NaN where
-        the policy makes no estimate. With `missing_mass` set it is corrected by audits, otherwise as the sketch gives
-        it, which is too low. It is an estimate of an average, and no bound for any token or head.
+        the policy makes no estimate. From the sample with `sample_tail`, else as the sketch gives it, which is too low;
+        with `missing_mass` set corrected by audits. An estimate of an average, and no bound for any token or head.
     spread: float64, standard deviation of the same over rows and KV heads.
     audited: float64, true missing mass where the step was audited, else NaN.
     threshold: float64, in force; NaN where all was read.
@@ -108,7 +108,7 @@ class Statistics:
             told += f" (standard deviation over steps {float(each.std()):.4f})"
         if self.target is not None:
             told += f", target {self.target:g}"
-        return f"{told}. {'An estimate' if audits else 'An unaudited estimate, too low as a rule'}; no bound"
+        return f"{told}. {'An estimate' if audits else 'An unaudited estimate'}; no bound"
 
 
 def record(cache: SparseCache) -> None:
